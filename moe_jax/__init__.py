@@ -1,0 +1,1 @@
+"""moe_jax: a small, complete laboratory for DeepSeek-style language models in JAX."""

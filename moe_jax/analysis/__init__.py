@@ -1,0 +1,1 @@
+"""FLOPs, memory and cost; statistics and plots of runs."""

@@ -1,0 +1,533 @@
+"""Every knob: frozen dataclasses, checked when built.
+
+A dataclass here is a part of an experiment's configuration. `__post_init__` refuses values and combinations that are
+illegal and names the field, the value and what would be legal, so that a mistake costs a second and not an hour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built: the message names the field, its value and the remedy."""
+
+
+def _require(ok: bool, config: object, name: str, remedy: str) -> None:
+    if not ok:
+        raise ConfigError(f"{type(config).__name__}.{name} = {getattr(config, name)!r}: {remedy}")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, config, name, "must be greater than 0")
+
+
+def _require_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) >= 0, config, name, "must be 0 or greater")
+
+
+def _require_fraction(config: object, *names: str) -> None:
+    for name in names:
+        _require(0 <= getattr(config, name) <= 1, config, name, "must lie between 0 and 1")
+
+
+def _require_literals(config: object) -> None:
+    """Checks every field annotated with a Literal, and suggests the nearest legal value."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is not Literal:
+            continue
+        value, legal = getattr(config, name), [str(choice) for choice in get_args(hint)]
+        if value not in get_args(hint):
+            near = difflib.get_close_matches(str(value), legal, n=1, cutoff=0)
+            raise ConfigError(
+                f"{type(config).__name__}.{name} = {value!r}: must be one of {', '.join(legal)}"
+                f" (did you mean {near[0]!r}?)"
+            )
+
+
+@dataclass(frozen=True)
+class RoPEConfig:
+    """Rotary position embedding and its extensions to longer contexts."""
+
+    theta: float = 10_000.0
+    """Base of the rotation frequencies."""
+    layout: Literal["half", "interleaved"] = "half"
+    """Which elements form a pair: (i, i + d/2) as in Llama and Qwen, or (2i, 2i + 1) as in DeepSeek."""
+    scaling: Literal["none", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    """By how much the context is extended."""
+    original_max_position: int = 4096
+    """Context length before the extension."""
+    beta_fast: float = 32.0
+    """YaRN: pairs that turn more often than this over the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """YaRN: pairs that turn less often than this are slowed by `factor`."""
+    mscale: float = 1.0
+    """YaRN: scales cos and sin by m(mscale) / m(mscale_all_dim)."""
+    mscale_all_dim: float = 0.0
+    """YaRN: scales the softmax by m(mscale_all_dim)²; 0 leaves it."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_positive(self, "theta", "factor", "original_max_position")
+        if self.scaling != "none":
+            _require(self.factor > 1, self, "factor", f"must exceed 1 with scaling = {self.scaling!r}")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head latent attention (MLA, DeepSeek-V2 §2.1) or grouped-query attention (GQA)."""
+
+    kind: Literal["mla", "gqa"] = "mla"
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    """GQA: key and value heads; equal to `num_heads` for plain multi-head attention."""
+    head_dim: int = 32
+    """GQA: width of one head."""
+    qkv_bias: bool = False
+    """GQA: biases on the query, key and value projections (Qwen2.5)."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """GQA: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projected vector (OLMoE)."""
+    q_lora_rank: int = 0
+    """MLA: rank of the query compression; 0 projects queries directly."""
+    kv_lora_rank: int = 64
+    """MLA: width of the latent that is cached."""
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    latent_norm_eps: float = 1e-6
+    """MLA: eps of the norms on the latents, which DeepSeek's code leaves at 1e-6 whatever `rms_norm_eps` is."""
+    rope: RoPEConfig = RoPEConfig()
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_positive(self, "num_heads")
+        if self.kind == "gqa":
+            _require_positive(self, "num_kv_heads", "head_dim")
+            _require(
+                self.num_heads % self.num_kv_heads == 0,
+                self,
+                "num_kv_heads",
+                f"must divide num_heads = {self.num_heads}",
+            )
+            _require(self.head_dim % 2 == 0, self, "head_dim", "must be even, rotary embedding works on pairs")
+        else:
+            _require_positive(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+            _require_not_negative(self, "q_lora_rank")
+            _require(
+                self.qk_rope_head_dim % 2 == 0,
+                self,
+                "qk_rope_head_dim",
+                "must be even, rotary embedding works on pairs",
+            )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Sparse feed-forward layers: routed experts chosen per token, shared experts used by all (DeepSeekMoE)."""
+
+    num_experts: int = 0
+    """Routed experts; 0 makes every layer dense."""
+    num_experts_per_token: int = 2
+    num_shared_experts: int = 0
+    expert_size: int = 128
+    """Width of one expert (`moe_intermediate_size`); the shared experts are one SwiGLU of width shared × this."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Affinity of a token to an expert: sigmoid (V3) or softmax over all experts (V2, Mixtral, Qwen, OLMoE)."""
+    num_groups: int = 1
+    """Experts are divided into this many groups (`n_group`) ..."""
+    num_groups_per_token: int = 1
+    """... of which a token may use this many (`topk_group`)."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """A group's score: the sum of its two best biased scores (V3) or its best one (V2)."""
+    normalize_weights: bool = True
+    """Divide the chosen experts' scores by their sum (`norm_topk_prob`)."""
+    routed_scaling_factor: float = 1.0
+    """Multiplies the mixing weights; DeepSeek-V3 2.5, V2 16."""
+    bias_update_rate: float = 1e-3
+    """γ of the loss-free balancing bias (V3 eq. 16, arXiv:2408.15664); 0 freezes it."""
+    selection_bias: bool = True
+    """Whether the router has a balancing bias at all."""
+    sequence_balance_coef: float = 1e-4
+    """α of the sequence-wise balance loss (V3 eq. 17); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_not_negative(self, "num_experts", "num_shared_experts", "bias_update_rate", "sequence_balance_coef")
+        if not self.num_experts:
+            return
+        _require_positive(self, "num_experts_per_token", "expert_size", "num_groups", "num_groups_per_token")
+        _require(
+            self.num_experts_per_token <= self.num_experts,
+            self,
+            "num_experts_per_token",
+            f"must not exceed num_experts = {self.num_experts}",
+        )
+        _require(
+            self.num_experts % self.num_groups == 0, self, "num_groups", f"must divide num_experts = {self.num_experts}"
+        )
+        _require(
+            self.num_groups_per_token <= self.num_groups,
+            self,
+            "num_groups_per_token",
+            f"must not exceed num_groups = {self.num_groups}",
+        )
+        reachable = self.num_experts // self.num_groups * self.num_groups_per_token
+        _require(
+            self.num_experts_per_token <= reachable,
+            self,
+            "num_experts_per_token",
+            f"must not exceed the {reachable} experts of {self.num_groups_per_token} groups",
+        )
+        if self.num_groups > 1 and self.group_score == "top2_sum":
+            _require(
+                self.num_experts // self.num_groups >= 2,
+                self,
+                "group_score",
+                f"needs groups of 2 experts or more, there are {self.num_experts} in {self.num_groups} groups; use 'max'",
+            )
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction (DeepSeek-V3 §2.2)."""
+
+    depth: int = 0
+    """Number of modules D; each predicts one token further ahead. 0 builds none."""
+    loss_coef: float = 0.3
+    """λ: weight of the mean of the modules' losses."""
+    hidden_first: bool = False
+    """Order of the concatenation: [hidden; embedding] as the paper writes it, or [embedding; hidden] as released."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "depth", "loss_coef")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Architecture is data: a released model is a value of this class (`presets.py`)."""
+
+    vocab_size: int = 264
+    hidden_size: int = 64
+    num_layers: int = 3
+    intermediate_size: int = 256
+    """Width of the dense SwiGLU layers."""
+    first_k_dense: int = 1
+    """Leading dense layers (`first_k_dense_replace`); the others are sparse if `moe.num_experts` > 0."""
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+    mtp: MTPConfig = MTPConfig()
+    max_position: int = 4096
+    """Longest context, in tokens; a longer prompt is refused."""
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights, normal."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the products; norms, router, softmax and losses stay in float32, and so do stored weights."""
+    remat: Literal["none", "block", "dots"] = "none"
+    """What the backward pass computes anew: nothing, all of a block, or all but the matrix products."""
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_positive(
+            self, "vocab_size", "hidden_size", "num_layers", "max_position", "rms_norm_eps", "initializer_range"
+        )
+        _require_not_negative(self, "first_k_dense")
+        if self.num_dense_layers:
+            _require_positive(self, "intermediate_size")
+
+    @property
+    def num_dense_layers(self) -> int:
+        return min(self.first_k_dense, self.num_layers) if self.moe.num_experts else self.num_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1 and takes the devices that the others leave."""
+
+    data: int = -1
+    """Replicas of the model, each with its share of the batch."""
+    fsdp: int = 1
+    """Shards of the batch and of the weights."""
+    expert: int = 1
+    """Shards of the batch and of the experts."""
+    tensor: int = 1
+    """Shards of heads and of feed-forward width."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size > 0 or size == -1, self, name, "must be a number of devices, or -1 for those left")
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ConfigError(f"MeshConfig: {sizes}: only one axis may be -1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon under a schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Muon (momentum orthogonalised by Newton-Schulz) for matrices, with AdamW for the rest."""
+    learning_rate: float = 3e-4
+    """Peak."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """After the warmup: constant; cosine to the end; or constant with a linear decay at the end (WSD)."""
+    warmup_steps: int = 10
+    final_fraction: float = 0.1
+    """The last learning rate, as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """WSD: share of the steps that decay."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """On matrices only: norms, biases and embeddings are not decayed."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_positive(self, "learning_rate", "eps")
+        _require_not_negative(self, "warmup_steps", "weight_decay", "max_grad_norm")
+        _require_fraction(self, "final_fraction", "decay_fraction", "beta1", "beta2")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Supervised training: how many steps of which batch."""
+
+    steps: int = 400
+    batch_size: int = 32
+    """Rows a step."""
+    sequence_length: int = 128
+    """Tokens a row; documents are packed into rows and do not attend to each other."""
+    accumulation_steps: int = 1
+    """Micro-batches that a step's batch is divided into."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "batch_size", "accumulation_steps")
+        _require(self.sequence_length > 1, self, "sequence_length", "must be at least 2, one token predicts the next")
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            self,
+            "accumulation_steps",
+            f"must divide batch_size = {self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100
+    """Steps between checkpoints; the last step of a phase is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept per phase."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a completion is drawn."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """Only the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Only the smallest set of tokens that holds this much probability."""
+    min_p: float = 0.0
+    """Only tokens at least this times as probable as the most probable one."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_new_tokens")
+        _require_not_negative(self, "temperature", "top_k")
+        _require_fraction(self, "top_p", "min_p")
+        _require(self.top_p > 0, self, "top_p", "must be greater than 0")
+
+
+@dataclass(frozen=True)
+class ProblemConfig:
+    """Problems with answers that a rule can check, and the text that a base model learns from."""
+
+    source: Literal["arithmetic", "gsm8k", "reasoning_gym"] = "arithmetic"
+    path: str = ""
+    """gsm8k: the folder with train.jsonl and test.jsonl."""
+    task: str = ""
+    """reasoning_gym: the task's name."""
+    min_terms: int = 6
+    max_terms: int = 8
+    """arithmetic: terms of a sum."""
+    operations: Literal["+", "+-"] = "+"
+    """arithmetic: which signs appear between the terms."""
+    max_term: int = 9
+    """arithmetic: largest term; the smallest is 1."""
+    worked_fraction: float = 0.4
+    """Share of the base model's documents that show the working; the others guess."""
+    step_error_rate: float = 0.02
+    """Chance that a step of a worked document is wrong; the error is carried on."""
+    guess_std: float = 2.4
+    """A guess is the truth plus normal noise of this standard deviation times the root of the number of terms."""
+    bare_fraction: float = 1 / 6
+    """Share of the guesses that leave the <think> tags out."""
+    test_problems: int = 2048
+    """Held-out problems, in nothing that is trained on."""
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_positive(self, "max_term", "test_problems")
+        _require(self.min_terms >= 2, self, "min_terms", "must be at least 2")
+        _require(self.max_terms >= self.min_terms, self, "max_terms", f"must be at least min_terms = {self.min_terms}")
+        _require_fraction(self, "worked_fraction", "step_error_rate", "bare_fraction")
+        _require_not_negative(self, "guess_std")
+        if self.source == "arithmetic":
+            available = sum(number // 2 for number in arithmetic_problems_by_length(self).values())
+            _require(
+                self.test_problems <= available,
+                self,
+                "test_problems",
+                f"must not exceed {available}, half of the problems with {self.min_terms} to {self.max_terms} terms"
+                f" up to {self.max_term}",
+            )
+        if self.source == "gsm8k":
+            _require(bool(self.path), self, "path", "name the folder that holds train.jsonl and test.jsonl")
+        if self.source == "reasoning_gym":
+            _require(bool(self.task), self, "task", "name a task of reasoning-gym, e.g. chain_sum")
+
+
+def arithmetic_problems_by_length(config: ProblemConfig) -> dict[int, int]:
+    """How many different problems there are, by number of terms."""
+    choices = config.max_term * len(config.operations)
+    lengths = range(config.min_terms, config.max_terms + 1)
+    return {length: config.max_term * choices ** (length - 1) for length in lengths}
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward is accuracy · (format if `accuracy_needs_format`) + format_weight · format."""
+
+    format_weight: float = 0.1
+    accuracy_needs_format: bool = True
+    random: bool = False
+    """Control: rewards drawn by a coin, blind to the completion."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "format_weight")
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """GRPO's objective, under the names of the field (see `losses/policy.py`)."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that advantages are divided by: the group's, the batch's, or none (Dr. GRPO)."""
+    epsilon: float = 0.2
+    """The ratio is clipped to 1 - epsilon ..."""
+    epsilon_high: float = 0.2
+    """... and 1 + epsilon_high."""
+    beta: float = 0.0
+    """Weight of the KL divergence (k3) to the reference policy; 0 keeps no reference in memory."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """Mean over all tokens (DAPO), or over each sequence and then over sequences (GRPO)."""
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_positive(self, "epsilon", "epsilon_high")
+        _require_not_negative(self, "beta")
+        _require(self.epsilon < 1, self, "epsilon", "must be less than 1, or the ratio is never clipped from below")
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning from verifiable rewards."""
+
+    steps: int = 40
+    num_prompts: int = 32
+    """Prompts a step."""
+    group_size: int = 8
+    """Samples per prompt (`num_generations`)."""
+    num_iterations: int = 1
+    """Passes over a step's samples."""
+    num_minibatches: int = 1
+    """Optimizer updates per pass."""
+    accumulation_steps: int = 1
+    """Micro-batches that a minibatch is divided into."""
+    mask_truncated_completions: bool = False
+    """Leave completions that did not stop by themselves out of the loss."""
+    min_active_groups: float = 0.05
+    """Skip the update when a smaller share of groups than this has rewards that differ."""
+    reference_refresh_steps: int = 0
+    """Replace the reference policy by the current one every so many steps; 0 never."""
+    loss: PolicyLossConfig = PolicyLossConfig()
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps", "num_prompts", "num_iterations", "num_minibatches", "accumulation_steps")
+        _require(self.group_size >= 2, self, "group_size", "must be at least 2, an advantage compares samples")
+        _require_not_negative(self, "reference_refresh_steps")
+        _require_fraction(self, "min_active_groups")
+        divisor = self.num_minibatches * self.accumulation_steps
+        _require(
+            self.num_prompts * self.group_size % divisor == 0,
+            self,
+            "num_minibatches",
+            f"times accumulation_steps = {self.accumulation_steps} must divide num_prompts x group_size ="
+            f" {self.num_prompts * self.group_size}",
+        )
+        _require(
+            self.sampling.temperature == 1.0
+            and not self.sampling.top_k
+            and self.sampling.top_p == 1.0
+            and not self.sampling.min_p,
+            self,
+            "sampling",
+            "samples for policy gradients come from the policy itself: temperature 1, no top_k, top_p or min_p",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    samples: int = 8
+    """Completions per problem at temperature 1: pass@1 is their mean accuracy, cons@k their majority's."""
+    batch_size: int = 256
+    """Problems sampled at a time."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "samples", "batch_size")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Builds a configuration from what `to_dict` gave.
+
+    Raises:
+        ConfigError: an unknown field (the nearest known one is named) or an illegal value.
+    """
+    hints = get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, list(hints), n=1, cutoff=0)
+            raise ConfigError(f"{cls.__name__} has no field {name!r}: did you mean {near[0]!r}?")
+        arguments[name] = from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+    return cls(**arguments)

@@ -1,0 +1,1 @@
+"""The transformer: attention, router, experts, multi-token prediction."""

@@ -1,0 +1,173 @@
+"""Multi-head latent attention and grouped-query attention, each in its training and its cached form.
+
+B batch, S sequence, T cached positions, D model, H heads, K key-value heads, C latent, N part of a head without
+positions, R part with, V value width, Q query latent.
+
+Both classes have the same three methods. `entries` are the two arrays that a position leaves in the cache;
+`attend` is the form for training and prefill, over the entries of the sequence itself; `attend_cached` is the form
+for decoding, over the entries of a cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moe_jax.config import AttentionConfig, ModelConfig
+from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, yarn_mscale
+from moe_jax.ops.attention import attention
+
+
+class Entries(NamedTuple):
+    """What attention keeps of each position: MLA (latent, rotary key), GQA (keys, values); [B, S, ...] each."""
+
+    first: Array
+    second: Array
+
+
+class MLA(nnx.Module):
+    """Multi-head latent attention (DeepSeek-V2 §2.1, DeepSeek-V3 eq. 1-11).
+
+    The cache holds the normalised latent and the rotated shared key, kv_lora_rank + qk_rope_head_dim numbers a
+    position. Training expands them into keys and values per head; decoding absorbs the expansion into the query and
+    the output, so that all heads read the latent itself.
+    """
+
+    def __init__(self, cfg: ModelConfig, init: Initializer):
+        a, D = cfg.attention, cfg.hidden_size
+        self.cfg = a
+        N, R, V, H, C, Q = (
+            a.qk_nope_head_dim,
+            a.qk_rope_head_dim,
+            a.v_head_dim,
+            a.num_heads,
+            a.kv_lora_rank,
+            a.q_lora_rank,
+        )
+        if Q:
+            self.query_a_DQ = init.weight((D, Q), ("embed", "latent"), "io")
+            self.query_norm = RMSNorm(Q, a.latent_norm_eps)
+        self.query_b = init.weight((Q or D, H, N + R), ("latent" if Q else "embed", "heads", "head"), "ioo")
+        self.key_value_a_DC = init.weight((D, C + R), ("embed", "latent"), "io")
+        self.key_value_norm = RMSNorm(C, a.latent_norm_eps)
+        self.key_value_b_CHN = init.weight((C, H, N + V), ("latent", "heads", "head"), "ioo")
+        self.output_HVD = init.weight((H, V, D), ("heads", "head", "embed"), "iio")
+        m = yarn_mscale(a.rope.factor, a.rope.mscale_all_dim) if a.rope.scaling == "yarn" else 1.0
+        self.scale = (N + R) ** -0.5 * m * m
+
+    def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
+        compressed = jnp.einsum("BSD,DC->BSC", x_BSD, self.key_value_a_DC[...].astype(x_BSD.dtype))
+        latent_BSC, key_BSR = jnp.split(compressed, [self.cfg.kv_lora_rank], axis=-1)
+        key_BSR = apply_rope(key_BSR[:, :, None], rot, self.cfg.rope.layout)[:, :, 0]
+        return Entries(self.key_value_norm(latent_BSC), key_BSR)
+
+    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
+        latent_BTC, key_BTR = entries
+        query_BSHN, query_BSHR = self._queries(x_BSD, rot)
+        expanded = jnp.einsum("BTC,CHN->BTHN", latent_BTC, self.key_value_b_CHN[...].astype(x_BSD.dtype))
+        key_BTHN, value_BTHV = jnp.split(expanded, [self.cfg.qk_nope_head_dim], axis=-1)
+        key_BTHR = jnp.broadcast_to(key_BTR[:, :, None], (*key_BTHN.shape[:3], key_BTR.shape[-1]))
+        query = jnp.concatenate([query_BSHN, query_BSHR], axis=-1)
+        key = jnp.concatenate([key_BTHN, key_BTHR], axis=-1)
+        return self._output(attention(query, key, value_BTHV, mask_BST, self.scale))
+
+    def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
+        latent_BTC, key_BTR = entries
+        query_BSHN, query_BSHR = self._queries(x_BSD, rot)
+        expand_CHN = self.key_value_b_CHN[...].astype(x_BSD.dtype)
+        expand_key_CHN, expand_value_CHV = jnp.split(expand_CHN, [self.cfg.qk_nope_head_dim], axis=-1)
+        query_BSHC = jnp.einsum("BSHN,CHN->BSHC", query_BSHN, expand_key_CHN)
+        query = jnp.concatenate([query_BSHC, query_BSHR], axis=-1)
+        key = jnp.concatenate([latent_BTC, key_BTR], axis=-1)[:, :, None]
+        mixed_BSHC = attention(query, key, latent_BTC[:, :, None], mask_BST, self.scale)
+        return self._output(jnp.einsum("BSHC,CHV->BSHV", mixed_BSHC, expand_value_CHV))
+
+    def _queries(self, x_BSD: Array, rot: Rotation) -> tuple[Array, Array]:
+        if self.cfg.q_lora_rank:
+            x_BSD = self.query_norm(jnp.einsum("BSD,DQ->BSQ", x_BSD, self.query_a_DQ[...].astype(x_BSD.dtype)))
+        query = jnp.einsum("BSQ,QHN->BSHN", x_BSD, self.query_b[...].astype(x_BSD.dtype))
+        query_BSHN, query_BSHR = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
+        return query_BSHN, apply_rope(query_BSHR, rot, self.cfg.rope.layout)
+
+    def _output(self, mixed_BSHV: Array) -> Array:
+        return jnp.einsum("BSHV,HVD->BSD", mixed_BSHV, self.output_HVD[...].astype(mixed_BSHV.dtype))
+
+
+class GQA(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) with the optional biases and norms of Qwen and OLMoE."""
+
+    def __init__(self, cfg: ModelConfig, init: Initializer):
+        a, D = cfg.attention, cfg.hidden_size
+        self.cfg = a
+        H, K, W = a.num_heads, a.num_kv_heads, a.head_dim
+        self.query_DHW = init.weight((D, H, W), ("embed", "heads", "head"), "ioo")
+        self.key_DKW = init.weight((D, K, W), ("embed", "heads", "head"), "ioo")
+        self.value_DKW = init.weight((D, K, W), ("embed", "heads", "head"), "ioo")
+        self.output_HWD = init.weight((H, W, D), ("heads", "head", "embed"), "iio")
+        if a.qkv_bias:
+            self.query_bias = constant(0.0, H * W, None)
+            self.key_bias = constant(0.0, K * W, None)
+            self.value_bias = constant(0.0, K * W, None)
+        if a.qk_norm != "none":
+            self.query_norm = RMSNorm(W if a.qk_norm == "head" else H * W, cfg.rms_norm_eps)
+            self.key_norm = RMSNorm(W if a.qk_norm == "head" else K * W, cfg.rms_norm_eps)
+        m = yarn_mscale(a.rope.factor, a.rope.mscale_all_dim) if a.rope.scaling == "yarn" else 1.0
+        self.scale = W**-0.5 * m * m
+
+    def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
+        key_BSKW = jnp.einsum("BSD,DKW->BSKW", x_BSD, self.key_DKW[...].astype(x_BSD.dtype))
+        value_BSKW = jnp.einsum("BSD,DKW->BSKW", x_BSD, self.value_DKW[...].astype(x_BSD.dtype))
+        if self.cfg.qkv_bias:
+            key_BSKW += self.key_bias[...].reshape(key_BSKW.shape[2:]).astype(x_BSD.dtype)
+            value_BSKW += self.value_bias[...].reshape(value_BSKW.shape[2:]).astype(x_BSD.dtype)
+        if self.cfg.qk_norm != "none":
+            key_BSKW = _norm_heads(self.key_norm, key_BSKW, self.cfg)
+        return Entries(apply_rope(key_BSKW, rot, self.cfg.rope.layout), value_BSKW)
+
+    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
+        query_BSHW = jnp.einsum("BSD,DHW->BSHW", x_BSD, self.query_DHW[...].astype(x_BSD.dtype))
+        if self.cfg.qkv_bias:
+            query_BSHW += self.query_bias[...].reshape(query_BSHW.shape[2:]).astype(x_BSD.dtype)
+        if self.cfg.qk_norm != "none":
+            query_BSHW = _norm_heads(self.query_norm, query_BSHW, self.cfg)
+        query_BSHW = apply_rope(query_BSHW, rot, self.cfg.rope.layout)
+        mixed_BSHW = attention(query_BSHW, entries.first, entries.second, mask_BST, self.scale)
+        return jnp.einsum("BSHW,HWD->BSD", mixed_BSHW, self.output_HWD[...].astype(mixed_BSHW.dtype))
+
+    attend_cached = attend
+
+
+def _norm_heads(norm: RMSNorm, x_BSHW: Array, cfg: AttentionConfig) -> Array:
+    if cfg.qk_norm == "head":
+        return norm(x_BSHW)
+    return norm(x_BSHW.reshape(*x_BSHW.shape[:2], -1)).reshape(x_BSHW.shape)
+
+
+def entry_shapes(cfg: ModelConfig, batch: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one layer's cache for `length` positions."""
+    a = cfg.attention
+    if a.kind == "mla":
+        return (batch, length, a.kv_lora_rank), (batch, length, a.qk_rope_head_dim)
+    shape = (batch, length, a.num_kv_heads, a.head_dim)
+    return shape, shape
+
+
+def make_attention(cfg: ModelConfig, init: Initializer) -> MLA | GQA:
+    return MLA(cfg, init) if cfg.attention.kind == "mla" else GQA(cfg, init)
+
+
+def rotary_dim(cfg: AttentionConfig) -> int:
+    """Width of the rotated part of a head."""
+    return cfg.qk_rope_head_dim if cfg.kind == "mla" else cfg.head_dim
+
+
+def causal_mask(segment_ids_BS: Array) -> Array:
+    """[B, S, S], True where a position may see another: not later, of the same document, not padding (segment 0)."""
+    S = segment_ids_BS.shape[1]
+    same_BST = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    causal_ST = jax.lax.broadcasted_iota(jnp.int32, (S, S), 0) >= jax.lax.broadcasted_iota(jnp.int32, (S, S), 1)
+    return same_BST & causal_ST & (segment_ids_BS > 0)[:, None, :]

@@ -1,0 +1,123 @@
+"""Norm, linear maps, SwiGLU and rotary embedding.
+
+B batch, S sequence, D model, F feed-forward, R rotary pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moe_jax.config import ModelConfig, RoPEConfig
+
+
+class Initializer:
+    """Draws a model's weights: normal with the config's standard deviation, float32."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.std = cfg.initializer_range
+        self.rngs = rngs
+
+    def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], roles: str) -> nnx.Param:
+        """A weight with a logical axis name per dimension (`sharding.RULES`) and a role per dimension.
+
+        Roles: `i` the dimensions contracted with the input, `o` those of the output, `b` a stack of matrices. They
+        tell the optimizer which weights are matrices, and how; an empty string is for tables, which are not.
+        """
+        value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        return nnx.Param(value, axes=axes, roles=roles)
+
+
+def constant(value: float, size: int, axis: str | None) -> nnx.Param:
+    """A vector of weights that starts constant: norms' scales, biases."""
+    return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,), roles="")
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in float32, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = constant(1.0, size, None)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.weight[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)); gate and up are one product, [gate | up] along F."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, init: Initializer):
+        self.gate_up_DF = init.weight((hidden_size, 2 * intermediate_size), ("embed", "mlp"), "io")
+        self.down_FD = init.weight((intermediate_size, hidden_size), ("mlp", "embed"), "io")
+
+    def __call__(self, x_BSD: Array) -> Array:
+        gate_up = jnp.einsum("...D,DF->...F", x_BSD, self.gate_up_DF[...].astype(x_BSD.dtype))
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, self.down_FD[...].astype(x_BSD.dtype))
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of each position's rotation angles, float32."""
+
+    cos_BSR: Array
+    sin_BSR: Array
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature m = 0.1 · mscale · ln(factor) + 1 (arXiv:2309.00071; DeepSeek-V3's code)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 and mscale else 1.0
+
+
+def rope_frequencies(cfg: RoPEConfig, head_dim: int) -> Array:
+    """Angle per position of each rotary pair, [head_dim / 2] float32, with YaRN's or Llama 3's scaling."""
+    pair_R = jnp.arange(head_dim // 2, dtype=jnp.float32)
+    frequency_R = cfg.theta ** (-2.0 * pair_R / head_dim)
+    if cfg.scaling == "yarn":
+
+        def pair_that_turns(times: float) -> float:
+            return head_dim * math.log(cfg.original_max_position / (times * 2 * math.pi)) / (2 * math.log(cfg.theta))
+
+        low = max(math.floor(pair_that_turns(cfg.beta_fast)), 0)
+        high: float = min(math.ceil(pair_that_turns(cfg.beta_slow)), head_dim - 1)
+        high = high + 0.001 if low == high else high
+        keep_R = 1.0 - jnp.clip((pair_R - low) / (high - low), 0.0, 1.0)
+        return frequency_R / cfg.factor * (1 - keep_R) + frequency_R * keep_R
+    if cfg.scaling == "llama3":
+        turns_R = cfg.original_max_position * frequency_R / (2 * math.pi)
+        keep_R = (turns_R - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
+        keep_R = jnp.clip(keep_R, 0.0, 1.0)
+        return frequency_R / cfg.factor * (1 - keep_R) + frequency_R * keep_R
+    return frequency_R
+
+
+def rotation(positions_BS: Array, cfg: RoPEConfig, head_dim: int) -> Rotation:
+    """The rotation of each position; with YaRN its length is m(mscale) / m(mscale_all_dim)."""
+    angle_BSR = positions_BS[..., None].astype(jnp.float32) * rope_frequencies(cfg, head_dim)
+    scale = 1.0
+    if cfg.scaling == "yarn":
+        scale = yarn_mscale(cfg.factor, cfg.mscale) / yarn_mscale(cfg.factor, cfg.mscale_all_dim)
+    return Rotation(jnp.cos(angle_BSR) * scale, jnp.sin(angle_BSR) * scale)
+
+
+def apply_rope(x_BSHR: Array, rot: Rotation, layout: str) -> Array:
+    """Rotates the pairs of x [B, S, H, 2R]: (i, i + R) in layout "half", (2i, 2i + 1) in "interleaved".
+
+    The result keeps the layout of its input, so that caches are exchangeable only within one layout.
+    """
+    x = x_BSHR.astype(jnp.float32)
+    cos, sin = rot.cos_BSR[:, :, None, :], rot.sin_BSR[:, :, None, :]
+    if layout == "half":
+        a, b = jnp.split(x, 2, axis=-1)
+        rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    else:
+        a, b = x[..., 0::2], x[..., 1::2]
+        rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    return rotated.astype(x_BSHR.dtype)

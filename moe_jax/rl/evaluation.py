@@ -1,0 +1,84 @@
+"""Held-out accuracy: pass@1 with an interval, cons@k, format, length.
+
+P problems, G samples of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from moe_jax.analysis.evaluation_statistics import majority_answer, mean_interval
+from moe_jax.config import EvaluationConfig
+from moe_jax.data.problems import Problem, ProblemSource
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.model.definition import Arrays
+from moe_jax.rl.grpo import Generator, decode_completions, encode_prompts
+from moe_jax.rl.rewards import parse_completion, reward_parts, worked
+
+
+def evaluate(
+    sample: Generator,
+    params: Arrays,
+    rest: Arrays,
+    source: ProblemSource,
+    problems: list[Problem],
+    tokenizer: Tokenizer,
+    cfg: EvaluationConfig,
+    *,
+    prompt_length: int,
+    key: Array,
+    between: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Samples every problem `cfg.samples` times at temperature 1 and scores the completions.
+
+    Returns `pass_at_1` (the mean accuracy of single samples, with its 95 % interval over problems), `cons_at_<k>` (of
+    the majority's answer), `format`, `worked`, `mean_length`, the accuracy of the completions that show their working
+    and of those that do not (`accuracy_worked`, `accuracy_guessed`; 0 where there are none), and a few `examples`. `between(done, total)` is called
+    after every batch of problems.
+    """
+    accuracy: list[list[float]] = []
+    consensus: list[float] = []
+    details: dict[str, list[float]] = {"format": [], "worked": [], "length": []}
+    examples = []
+    for start in range(0, len(problems), cfg.batch_size):
+        chunk = problems[start : start + cfg.batch_size]
+        padded = chunk + [chunk[-1]] * (cfg.batch_size - len(chunk) if start else 0)
+        tokens_PS, mask_PS = encode_prompts(padded, tokenizer, prompt_length)
+        samples = jax.device_get(sample(params, rest, tokens_PS, mask_PS, jax.random.fold_in(key, start)))
+        texts = decode_completions(samples, tokenizer)
+        lengths = np.sum(samples.mask_BN, axis=1)
+        for i, problem in enumerate(chunk):
+            rows = range(i * cfg.samples, (i + 1) * cfg.samples)
+            parts = [
+                reward_parts(problem, texts[row], bool(samples.finished_B[row]), source.is_correct) for row in rows
+            ]
+            accuracy.append([part["accuracy"] for part in parts])
+            answers = [parse_completion(texts[row]).answer if samples.finished_B[row] else None for row in rows]
+            majority = majority_answer(answers)
+            consensus.append(float(majority is not None and source.is_correct(problem, majority)))
+            details["format"] += [part["format"] for part in parts]
+            details["worked"] += [float(worked(texts[row], source.works_in_equations)) for row in rows]
+            details["length"] += [float(lengths[row]) for row in rows]
+            if len(examples) < 8:
+                examples.append({"prompt": problem.prompt, "answer": problem.answer, "completion": texts[rows[0]]})
+        between(min(start + cfg.batch_size, len(problems)), len(problems))
+    return {
+        "pass_at_1": mean_interval(np.array(accuracy)),
+        f"cons_at_{cfg.samples}": mean_interval(np.array(consensus)),
+        "format": float(np.mean(details["format"])),
+        "worked": float(np.mean(details["worked"])),
+        "mean_length": float(np.mean(details["length"])),
+        "accuracy_worked": _mean_where(np.array(accuracy), np.array(details["worked"]) > 0),
+        "accuracy_guessed": _mean_where(np.array(accuracy), np.array(details["worked"]) == 0),
+        "examples": examples,
+    }
+
+
+def _mean_where(values: np.ndarray, where: np.ndarray) -> float:
+    chosen = values.reshape(-1)[where]
+    return float(np.mean(chosen)) if chosen.size else 0.0

@@ -1,0 +1,251 @@
+"""GRPO on a `Transformer`: problem → prompts → samples → rewards → advantages → updates.
+
+P prompts, G samples per prompt, B rows (P·G), S tokens of prompt and completion, N tokens of a completion.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.config import RLConfig, SamplingConfig
+from moe_jax.data.problem_text import encode_prompt
+from moe_jax.data.problems import Problem
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.losses import masked_sum
+from moe_jax.losses.policy import group_advantages, policy_loss
+from moe_jax.model.definition import Arrays, Definition
+from moe_jax.ops.token_logprobs import token_logprobs
+from moe_jax.rl.environments import Environment
+from moe_jax.rng import random_generator
+from moe_jax.sampling.sampler import Samples, generate, pad_prompts
+from moe_jax.training.state import Batch, Loss, LossOutput
+
+
+class Totals(NamedTuple):
+    """What a minibatch's sums are divided by."""
+
+    tokens: Array
+    sequences: Array
+
+
+def totals(batch: Batch) -> Totals:
+    mask_BN = batch["mask_BN"]
+    return Totals(
+        jnp.maximum(jnp.sum(mask_BN, dtype=jnp.float32), 1),
+        jnp.maximum(jnp.sum(jnp.any(mask_BN, axis=1), dtype=jnp.float32), 1),
+    )
+
+
+def completion_logprobs(
+    definition: Definition, params: Arrays, rest: Arrays, batch: Batch, pad_id: int, with_entropy: bool = False
+) -> tuple[Any, dict[str, Array]]:
+    """Log-probabilities (and entropies) of the completions' tokens, [B, N], and the routers' counts [L, E]."""
+    model = definition.merge(params, rest)
+    output = model(batch["tokens_BS"], segment_ids_BS=batch["segment_ids_BS"])
+    N = batch["mask_BN"].shape[1]
+    result = token_logprobs(
+        output.hidden_BSD[:, -N - 1 : -1],
+        model.head(),
+        jnp.where(batch["drawn_BN"], batch["tokens_BS"][:, -N:], (pad_id + 1) % definition.cfg.vocab_size),
+        banned_ids=(pad_id,),
+        with_entropy=with_entropy,
+    )
+    counts = {}
+    if output.router is not None:
+        counts["moe_blocks.ffn.router.bias"] = jnp.sum(output.router.counts_BE, axis=1)
+    return result, counts
+
+
+def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
+    """The policy objective of `cfg.loss` on batches made by `Rollout.batch`.
+
+    RL trains the policy alone: no balance loss, no multi-token prediction; router biases stay as pre-training left
+    them, so that the sampler's and the trainer's routing agree.
+    """
+
+    def loss(params: Arrays, rest: Arrays, batch: Batch, totals: Totals) -> LossOutput:
+        result, counts = completion_logprobs(definition, params, rest, batch, pad_id, with_entropy=True)
+        mask_BN = batch["mask_BN"]
+        policy = policy_loss(
+            result.logprobs,
+            batch["old_logprobs_BN"],
+            batch["advantages_B"],
+            mask_BN,
+            cfg.loss,
+            batch.get("ref_logprobs_BN"),
+        )
+        count = totals.tokens if cfg.loss.aggregation == "token-mean" else totals.sequences
+        difference_BN = jnp.abs(result.logprobs - batch["old_logprobs_BN"])
+        metrics = policy.metrics | {
+            "entropy": masked_sum(result.entropy, mask_BN),
+            "sampling/sampling_logp_difference/mean": masked_sum(difference_BN, mask_BN),
+        }
+        largest = jnp.max(jnp.where(mask_BN, difference_BN, 0.0))
+        maxima = {"sampling/sampling_logp_difference/max": jax.lax.stop_gradient(largest)}
+        return LossOutput(policy.loss.sum / count, metrics, counts, maxima)
+
+    return loss
+
+
+class Rollout(NamedTuple):
+    """One step's samples, scored. All arrays are on the host."""
+
+    problems: list[Problem]
+    completions: list[str]
+    prompts_BS: np.ndarray
+    prompt_mask_BS: np.ndarray
+    samples: Samples
+    parts: list[dict[str, float]]
+    """Per sample: reward, accuracy, format, worked."""
+    advantages_B: np.ndarray
+    metrics: dict[str, float]
+
+    def batch(self, mask_truncated: bool) -> dict[str, np.ndarray]:
+        """The arrays that `make_loss` reads."""
+        drawn_BN = np.asarray(self.samples.mask_BN)
+        counted_BN = drawn_BN & np.asarray(self.samples.finished_B)[:, None] if mask_truncated else drawn_BN
+        return {
+            "tokens_BS": np.concatenate([self.prompts_BS, self.samples.tokens_BN], axis=1),
+            "segment_ids_BS": np.concatenate([self.prompt_mask_BS, drawn_BN], axis=1).astype(np.int32),
+            "drawn_BN": drawn_BN,
+            "mask_BN": counted_BN,
+            "old_logprobs_BN": np.asarray(self.samples.logprobs_BN),
+            "advantages_B": self.advantages_B,
+        }
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """One readable record per sample."""
+        group = len(self.completions) // len(self.problems)
+        return [
+            {
+                "step": step,
+                "prompt": self.problems[i // group].prompt,
+                "answer": self.problems[i // group].answer,
+                "completion": completion,
+                **self.parts[i],
+                "advantage": float(self.advantages_B[i]),
+                "tokens": int(np.sum(self.samples.mask_BN[i])),
+                "finished": bool(self.samples.finished_B[i]),
+            }
+            for i, completion in enumerate(self.completions)
+        ]
+
+
+Generator = Callable[[Arrays, Arrays, np.ndarray, np.ndarray, Array], Samples]
+"""(params, rest, prompts [P, S], mask [P, S], key) → samples of P·G rows."""
+
+
+def make_generator(
+    definition: Definition, sampling: SamplingConfig, tokenizer: Tokenizer, group_size: int
+) -> Generator:
+    """The jitted sampler of this model."""
+
+    @jax.jit
+    def run(params: Arrays, rest: Arrays, tokens_PS: Array, mask_PS: Array, key: Array) -> Samples:
+        return generate(
+            definition.merge(params, rest),
+            tokens_PS,
+            mask_PS,
+            key,
+            sampling,
+            stop_ids=tuple(tokenizer.stop_ids),
+            pad_id=tokenizer.pad_id,
+            group_size=group_size,
+        )
+
+    return run
+
+
+def encode_prompts(problems: list[Problem], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded prompts [P, S] and their mask."""
+    return pad_prompts([encode_prompt(problem.prompt, tokenizer) for problem in problems], tokenizer.pad_id, length)
+
+
+def decode_completions(samples: Samples, tokenizer: Tokenizer) -> list[str]:
+    """Each row's text without its stop token."""
+    texts = []
+    for tokens, mask, finished in zip(samples.tokens_BN, samples.mask_BN, samples.finished_B, strict=True):
+        length = int(np.sum(mask)) - int(finished)
+        texts.append(tokenizer.decode(tokens[:length].tolist()))
+    return texts
+
+
+def rollout(
+    environment: Environment,
+    sample: Generator,
+    params: Arrays,
+    rest: Arrays,
+    tokenizer: Tokenizer,
+    cfg: RLConfig,
+    *,
+    prompt_length: int,
+    step: int,
+    seed: int,
+    key: Array,
+) -> Rollout:
+    """Samples a group for each of a step's problems, and scores it; all random choices depend on seed and step alone."""
+    started = time.perf_counter()
+    problems = environment.problems(step, cfg.num_prompts)
+    prompts_PS, mask_PS = encode_prompts(problems, tokenizer, prompt_length)
+    samples: Samples = jax.device_get(sample(params, rest, prompts_PS, mask_PS, key))
+    generated = time.perf_counter()
+
+    completions = decode_completions(samples, tokenizer)
+    group = cfg.group_size
+    parts = [
+        environment.score(
+            problems[i // group],
+            completion,
+            bool(samples.finished_B[i]),
+            random_generator(seed, "reward", step, i),
+        )
+        for i, completion in enumerate(completions)
+    ]
+    rewards_PG = np.array([part["reward"] for part in parts], np.float32).reshape(-1, group)
+    advantages = jax.device_get(group_advantages(jnp.asarray(rewards_PG), cfg.loss.scale_rewards))
+
+    lengths_B = np.sum(samples.mask_BN, axis=1)
+    metrics = {name: float(value) for name, value in advantages.metrics.items()}
+    for name in parts[0]:
+        if name != "reward":
+            values = [part[name] for part in parts]
+            metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+            metrics[f"rewards/{name}/std"] = float(np.std(values))
+    metrics |= {
+        "completions/mean_length": float(np.mean(lengths_B)),
+        "completions/min_length": float(np.min(lengths_B)),
+        "completions/max_length": float(np.max(lengths_B)),
+        "completions/clipped_ratio": float(np.mean(~samples.finished_B)),
+        "num_tokens": float(np.sum(lengths_B)),
+        "time/generate": generated - started,
+        "time/score": time.perf_counter() - generated,
+    }
+    return Rollout(
+        problems,
+        completions,
+        np.repeat(prompts_PS, group, axis=0),
+        np.repeat(mask_PS, group, axis=0),
+        samples,
+        parts,
+        advantages.advantages_PG.reshape(-1),
+        metrics,
+    )
+
+
+def minibatches(batch: dict[str, np.ndarray], cfg: RLConfig, seed: int, step: int) -> list[dict[str, np.ndarray]]:
+    """The minibatches of all passes over a step's samples, in the order of their updates."""
+    size = len(batch["tokens_BS"])
+    if cfg.num_minibatches == 1:
+        return [batch] * cfg.num_iterations
+    parts = []
+    for iteration in range(cfg.num_iterations):
+        order = random_generator(seed, "minibatches", step, iteration).permutation(size)
+        parts += [{k: v[rows] for k, v in batch.items()} for rows in np.split(order, cfg.num_minibatches)]
+    return parts

@@ -1,0 +1,129 @@
+"""A phase of policy training: rollout, reference, updates, records; one step is one function.
+
+P prompts, G samples per prompt, B rows (P·G), N tokens of a completion.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moe_jax.config import CheckpointConfig, RLConfig
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.model.definition import Arrays, Definition
+from moe_jax.rl.environments import Environment
+from moe_jax.rl.grpo import completion_logprobs, make_generator, make_loss, minibatches, rollout, totals
+from moe_jax.rng import random_key
+from moe_jax.sharding import put_batch
+from moe_jax.training.experiment import Session
+from moe_jax.training.loop import run_phase
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import Batch, TrainState, make_update, start_state
+
+
+class PolicyState(NamedTuple):
+    """What a policy phase saves."""
+
+    train: TrainState
+    reference: Arrays
+    """Parameters of the reference policy; empty when beta is 0."""
+
+
+class PolicyTrainer:
+    """The compiled parts of policy training, shared by phases that differ in start or environment only."""
+
+    def __init__(self, definition: Definition, cfg: RLConfig, tokenizer: Tokenizer, prompt_length: int):
+        self.definition, self.cfg, self.tokenizer, self.prompt_length = definition, cfg, tokenizer, prompt_length
+        updates = cfg.steps * cfg.num_iterations * cfg.num_minibatches
+        self.optimizer = make_optimizer(cfg.optimizer, updates, definition)
+        loss = make_loss(definition, cfg, tokenizer.pad_id)
+        self.update = make_update(loss, totals, self.optimizer, accumulation_steps=cfg.accumulation_steps)
+        self.sample = make_generator(definition, cfg.sampling, tokenizer, cfg.group_size)
+
+        @jax.jit
+        def reference_logprobs(params: Arrays, rest: Arrays, batch: Batch) -> Array:
+            return completion_logprobs(definition, params, rest, batch, tokenizer.pad_id)[0].logprobs
+
+        self.reference_logprobs = reference_logprobs
+
+    def train(
+        self,
+        session: Session,
+        phase: str,
+        environment: Environment,
+        params: Arrays,
+        rest: Arrays,
+        *,
+        seed: int,
+        checkpoint: CheckpointConfig,
+    ) -> TrainState:
+        """Trains a copy of `params` for `cfg.steps` steps; every sample goes to `rollouts/<phase>/<step>.jsonl`."""
+        cfg = self.cfg
+        train = start_state(self.definition, self.optimizer, params, rest, session.mesh)
+        reference = jax.tree.map(jnp.copy, train.params) if cfg.loss.beta else {}
+
+        def body(state: PolicyState, step: int) -> tuple[PolicyState, dict[str, Any]]:
+            refresh = cfg.reference_refresh_steps
+            if cfg.loss.beta and refresh and step and step % refresh == 0:
+                state = state._replace(reference=jax.tree.map(jnp.copy, state.train.params))
+            state, metrics, rows = self.step(environment, state, phase, step, seed, session.mesh)
+            session.run.write_rows(f"rollouts/{phase}/{step + 1:06d}.jsonl", rows)
+            return state, metrics
+
+        state = run_phase(
+            session.run,
+            session.guard,
+            phase,
+            cfg.steps,
+            PolicyState(train, reference),
+            body,
+            checkpoint=checkpoint,
+            show=("reward", "rewards/accuracy/mean"),
+        )
+        return state.train
+
+    def step(
+        self, environment: Environment, state: PolicyState, phase: str, step: int, seed: int, mesh: Any
+    ) -> tuple[PolicyState, dict[str, Any], list[dict[str, Any]]]:
+        """Samples, scores and updates once; returns the new state, the metrics and the samples as records."""
+        cfg, train = self.cfg, state.train
+        samples = rollout(
+            environment,
+            self.sample,
+            train.params,
+            train.rest,
+            self.tokenizer,
+            cfg,
+            prompt_length=self.prompt_length,
+            step=step,
+            seed=seed,
+            key=random_key(seed, f"rollout/{phase}", step),
+        )
+        started = time.perf_counter()
+        metrics = dict(samples.metrics)
+        active = 1 - metrics["frac_reward_zero_std"]
+        metrics["update_skipped"] = float(active < cfg.min_active_groups)
+        if not metrics["update_skipped"]:
+            batch = samples.batch(cfg.mask_truncated_completions)
+            if cfg.loss.beta:
+                logprobs = self.reference_logprobs(state.reference, train.rest, put_batch(batch, mesh))
+                batch["ref_logprobs_BN"] = np.asarray(logprobs)
+            parts = []
+            for minibatch in minibatches(batch, cfg, seed, step):
+                train, part = self.update(train, put_batch(minibatch, mesh))
+                parts.append(part)
+            metrics |= _mean_over_updates(jax.device_get(parts))
+        metrics["time/update"] = time.perf_counter() - started
+        metrics["tokens_per_second"] = metrics["num_tokens"] / (metrics["time/generate"] + metrics["time/update"])
+        return state._replace(train=train), metrics, samples.rows(step + 1)
+
+
+def _mean_over_updates(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over a step's updates, except what compares sampler and trainer: that means the first update alone."""
+    means = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+    return means | {name: value for name, value in parts[0].items() if name.startswith("sampling/")}

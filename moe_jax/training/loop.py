@@ -1,0 +1,143 @@
+"""The loop of one phase: resume, step, log, checkpoint, stop.
+
+A phase is a name, a number of steps and a function (state, step) → (state, metrics). The loop restores the newest
+intact checkpoint, so running a finished phase again only loads its result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from moe_jax.config import CheckpointConfig
+from moe_jax.training.run import Progress, Run
+from moe_jax.training.signals import StopGuard, Stopped
+
+State = TypeVar("State")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite: the message names the step and the last good checkpoint."""
+
+
+class Stateful(Protocol):
+    """A source of data whose place can be saved: Grain's iterators, `data.problems.ProblemText`."""
+
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+def run_phase(
+    run: Run,
+    guard: StopGuard,
+    phase: str,
+    steps: int,
+    state: State,
+    body: Callable[[State, int], tuple[State, Mapping[str, Any]]],
+    *,
+    checkpoint: CheckpointConfig,
+    data: Stateful | None = None,
+    show: tuple[str, ...] = ("loss",),
+) -> State:
+    """Runs a phase to its end, from its newest checkpoint or from `state`, and returns the last state.
+
+    Args:
+        run: where metrics and checkpoints go.
+        guard: stops the phase at a signal, after saving.
+        phase: its name.
+        steps: its length.
+        state: a tree of arrays; with their shapes and shardings also what a checkpoint is restored to.
+        body: one step, counted from 0. Metrics may still be on the device: they are read while the next step runs.
+        checkpoint: when to save.
+        data: read by `body`; its place is saved with the state of the same step.
+        show: metrics in the progress bar.
+
+    Raises:
+        NonFiniteError: loss or gradient norm is not finite; nothing is saved from that step on.
+        Stopped: a signal came; the state of the last step is saved.
+        CheckpointError, RunError: the folder cannot be read or written.
+    """
+    with run.checkpointer(phase, keep=checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore(state)
+        start = 0
+        if restored is not None:
+            start, state = restored.step, restored.state
+            if data is not None and restored.extra.get("data") is not None:
+                data.set_state(restored.extra["data"])
+        run.rewind(phase, start)
+        if start >= steps:
+            return state
+        loop = _Loop(run, phase, checkpoints, state, start, data)
+        guard.on_emergency = loop.save_in_emergency
+        with Progress(phase, steps, start) as progress:
+            try:
+                for step in range(start, steps):
+                    guard.check()
+                    state, metrics = body(state, step)
+                    loop.finish_step(progress, show)
+                    loop.begin_finishing(state, step + 1, metrics)
+                    if (step + 1) % checkpoint.every == 0 or step + 1 == steps:
+                        loop.finish_step(progress, show)
+                        loop.save()
+            except Stopped:
+                loop.finish_step(progress, show)
+                loop.save()
+                raise
+            finally:
+                guard.on_emergency = None
+    return state
+
+
+class _Loop:
+    """The newest state and what of it is already checked, logged and saved."""
+
+    def __init__(self, run: Run, phase: str, checkpoints: Any, state: Any, step: int, data: Stateful | None):
+        self.run, self.phase, self.checkpoints, self.data = run, phase, checkpoints, data
+        self.state, self.step, self.saved = state, step, step
+        self.data_state = data.get_state() if data else None
+        self.pending: Mapping[str, Any] | None = None
+        self.time = time.perf_counter()
+
+    def begin_finishing(self, state: Any, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes a step's results, without waiting for the device."""
+        self.state, self.step, self.pending = state, step, metrics
+        self.data_state = self.data.get_state() if self.data else None
+
+    def finish_step(self, progress: Progress | None = None, show: tuple[str, ...] = ()) -> None:
+        """Waits for the newest step, checks and logs its metrics."""
+        if self.pending is None:
+            return
+        metrics = {name: np.asarray(value).tolist() for name, value in jax.device_get(dict(self.pending)).items()}
+        self.pending = None
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                last = f"the last good checkpoint is that of step {self.saved}" if self.saved else "none was saved yet"
+                raise NonFiniteError(
+                    f"{self.phase}, step {self.step}: {name} is {metrics[name]}; nothing of it is saved, {last}"
+                    f" ({self.run.dir}). Lower the learning rate, or clip gradients (optimizer.max_grad_norm)."
+                )
+        now = time.perf_counter()
+        metrics["step_time"], self.time = now - self.time, now
+        self.run.log(self.phase, self.step, metrics)
+        if progress is not None:
+            progress.update(self.step, **{name: metrics[name] for name in show if name in metrics})
+
+    def save(self) -> None:
+        """Saves the newest finished state, if it is not saved yet."""
+        if self.step > self.saved:
+            self.checkpoints.save(self.step, self.state, {"data": self.data_state})
+            self.saved = self.step
+
+    def save_in_emergency(self) -> str | None:
+        """Saves from another thread while the main one compiles or computes; returns where the run stopped."""
+        while any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            time.sleep(0.05)  # donated to a step in flight, whose result is about to take its place
+        self.finish_step()
+        self.save()
+        self.checkpoints.wait()
+        return f"{self.phase}, step {self.saved}" if self.saved else None

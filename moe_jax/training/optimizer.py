@@ -1,0 +1,64 @@
+"""AdamW and Muon under their schedules, on dictionaries name → array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from moe_jax.config import OptimizerConfig
+from moe_jax.model.definition import Definition
+
+
+def learning_rate_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of each step: a linear warmup, then what `cfg.schedule` says until `steps`."""
+    warmup = min(cfg.warmup_steps, steps)
+    final = cfg.learning_rate * cfg.final_fraction
+    ramp = optax.linear_schedule(cfg.learning_rate / (warmup + 1), cfg.learning_rate, warmup)
+    rest = max(steps - warmup, 1)
+    if cfg.schedule == "constant":
+        after = optax.constant_schedule(cfg.learning_rate)
+    elif cfg.schedule == "cosine":
+        after = optax.cosine_decay_schedule(cfg.learning_rate, rest, alpha=cfg.final_fraction)
+    else:
+        decay = max(round(cfg.decay_fraction * steps), 1)
+        after = optax.linear_schedule(cfg.learning_rate, final, decay, transition_begin=max(rest - decay, 0))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, definition: Definition) -> optax.GradientTransformation:
+    """Gradient clipping and AdamW or Muon, for the parameters of a `Definition`.
+
+    Muon's update has the root mean square 0.2 whatever the matrix's shape (Moonlight, arXiv:2502.16982 eq. 4), so that
+    it takes AdamW's learning rates; tables and vectors (embedding, head, norms, gates) are left to AdamW.
+    """
+    roles = {name: definition.variables[name].get_metadata()["roles"] for name in definition.param_names}
+    is_matrix = {name: role != "" for name, role in roles.items()}
+    schedule = learning_rate_schedule(cfg, steps)
+    if cfg.name == "adamw":
+        optimizer = optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=is_matrix)
+    else:
+        dimensions: Any = {
+            name: _muon_dimensions(role, len(definition.variables[name].shape)) if role else None
+            for name, role in roles.items()
+        }
+        optimizer = muon(
+            schedule,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.beta1,
+            adam_b2=cfg.beta2,
+            muon_weight_dimension_numbers=dimensions,
+            consistent_rms=0.2,
+        )
+    clip = optax.clip_by_global_norm(cfg.max_grad_norm) if cfg.max_grad_norm else optax.identity()
+    return optax.chain(clip, optimizer)
+
+
+def _muon_dimensions(roles: str, ndim: int) -> MuonDimensionNumbers:
+    """Which dimensions of a weight are the matrix's rows and columns; the others stack matrices."""
+    stacked = ndim - len(roles)
+    return MuonDimensionNumbers(
+        reduction_axis=tuple(stacked + i for i, role in enumerate(roles) if role == "i"),
+        output_axis=tuple(stacked + i for i, role in enumerate(roles) if role == "o"),
+    )

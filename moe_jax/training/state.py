@@ -1,0 +1,152 @@
+"""The state of a training run, and one update of it.
+
+B batch, M micro-batches, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.losses import SumCount
+from moe_jax.losses.balance import max_violation
+from moe_jax.model.definition import Arrays, Definition
+from moe_jax.model.router import updated_bias
+
+Batch = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that an update reads and writes."""
+
+    step: Array
+    """int32, updates so far."""
+    params: Arrays
+    rest: Arrays
+    """Router biases."""
+    opt_state: optax.OptState
+
+
+Update = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+"""One optimizer step: (state, batch) → (new state, metrics). The old state's arrays are donated."""
+
+
+class LossOutput(NamedTuple):
+    """A micro-batch's part of the loss. Micro-batches' parts add up to the batch's loss and metrics."""
+
+    loss: Array
+    metrics: dict[str, SumCount]
+    counts: dict[str, Array]
+    """Assignments to each expert, [L, E], by the name of the router bias that they balance."""
+    maxima: dict[str, Array]
+    """Metrics of which the batch's is the largest of the micro-batches'."""
+
+
+def _combine(a: LossOutput, b: LossOutput) -> LossOutput:
+    added = jax.tree.map(jnp.add, a, b)
+    return added._replace(maxima=jax.tree.map(jnp.maximum, a.maxima, b.maxima))
+
+
+class Loss(Protocol):
+    def __call__(self, params: Arrays, rest: Arrays, batch: Batch, totals: Any) -> LossOutput:
+        """This micro-batch's part of the loss of a batch whose counts are `totals`."""
+        ...
+
+
+def init_state(definition: Definition, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
+    """New weights and optimizer state, created in their shards."""
+    params, rest = definition.init(key, mesh)
+    return start_state(definition, optimizer, params, rest, mesh)
+
+
+def start_state(
+    definition: Definition, optimizer: optax.GradientTransformation, params: Arrays, rest: Arrays, mesh: Mesh
+) -> TrainState:
+    """A fresh optimizer on given weights. The weights are copied: updates donate their state."""
+    like = jax.eval_shape(optimizer.init, params)
+    init = jax.jit(
+        lambda params, rest: TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params)),
+        out_shardings=TrainState(
+            NamedSharding(mesh, PartitionSpec()),
+            *definition.shardings(mesh),
+            _moment_shardings(like, definition, mesh),
+        ),
+    )
+    return init(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, rest))
+
+
+def _moment_shardings(opt_state: Any, definition: Definition, mesh: Mesh) -> Any:
+    """Optimizer moments lie as their parameters do, everything else is replicated."""
+    params, _ = definition.shardings(mesh)
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = getattr(path[-1], "key", None) if path else None
+        if name in params and leaf.shape == definition.variables[name].shape:
+            return params[name]
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def make_update(
+    loss: Loss,
+    totals: Callable[[Batch], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation_steps: int = 1,
+    bias_update_rate: float = 0.0,
+) -> Update:
+    """One optimizer step on one batch: gradients (accumulated over micro-batches), update, balancing bias.
+
+    Router biases move by the counts of the whole batch: every device, every micro-batch (DeepSeek-V3 eq. 16). The
+    function is jitted; the batch's arrays have B first, divisible by `accumulation_steps`.
+
+    Metrics are means over what each counts, with `grad_norm` (before clipping), `moe/max_violation` (mean over layers)
+    and `moe/expert_load` ([L, E], 1 is balanced).
+    """
+
+    def gradients(params: Arrays, rest: Arrays, batch: Batch) -> tuple[Arrays, LossOutput]:
+        total = totals(batch)
+
+        def scalar(params: Arrays, micro: Batch) -> tuple[Array, LossOutput]:
+            output = loss(params, rest, micro, total)
+            return output.loss, output
+
+        if accumulation_steps == 1:
+            gradient, output = jax.grad(scalar, has_aux=True)(params, batch)
+            return gradient, output
+        # Interleaved, so that each micro-batch has rows of every shard.
+        micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), batch)
+        grad = jax.grad(scalar, has_aux=True)
+
+        def step(sums: tuple[Arrays, LossOutput], micro: Batch) -> tuple[tuple[Arrays, LossOutput], None]:
+            gradient, output = grad(params, micro)
+            return (jax.tree.map(jnp.add, sums[0], gradient), _combine(sums[1], output)), None
+
+        first = grad(params, jax.tree.map(lambda x: x[0], micros))
+        return jax.lax.scan(step, first, jax.tree.map(lambda x: x[1:], micros))[0]
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        gradient, output = gradients(state.params, state.rest, batch)
+        with jax.named_scope("optimizer"):
+            changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, changes)
+        rest = dict(state.rest)
+        if bias_update_rate:
+            for name in rest:
+                rest[name] = updated_bias(rest[name], output.counts[name], bias_update_rate)
+        metrics = {name: value.mean() for name, value in output.metrics.items()}
+        metrics |= output.maxima | {"loss": output.loss, "grad_norm": optax.global_norm(gradient)}
+        if output.counts:
+            counts_LE = jnp.concatenate(list(output.counts.values()))
+            metrics["moe/max_violation"] = jnp.mean(max_violation(counts_LE))
+            metrics["moe/expert_load"] = counts_LE / jnp.maximum(jnp.mean(counts_LE, axis=1, keepdims=True), 1)
+        return TrainState(state.step + 1, params, rest, opt_state), metrics
+
+    return jax.jit(update, donate_argnums=0)

@@ -1,0 +1,319 @@
+"""Writes `hf_reference.npz`: what Hugging Face transformers computes with small random models.
+
+Command: `pip install torch==2.13.0 transformers==5.23.0 && python tests/model/make_hf_reference.py`
+
+For each family, `test_hf_reference.py` finds here the weights under our names and in our layout (multiples of 1/64, so
+that float16 holds them exactly), token ids, which positions are not padding, and the logits. Two more kinds of entry
+are the multi-token prediction modules' hidden states and the routers alone, at more experts.
+
+B batch, S sequence, D model, E experts, H heads, T tokens.
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+BATCH, LENGTH, PADDING = 2, 40, 7  # the second row has PADDING columns of padding on its left
+
+SIZES = dict(
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-3,  # large, so that the wrong eps anywhere shows
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+MLA = dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=8, v_head_dim=6, first_k_dense_replace=1)
+EXPERTS = dict(moe_intermediate_size=6, num_experts_per_tok=3)
+DEEPSEEK = dict(MLA, **EXPERTS, n_routed_experts=8)
+GROUPS = dict(n_group=4, topk_group=2)
+ROPE = dict(rope_type="default", rope_theta=100.0)
+LONG = dict(rope_theta=10.0, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(LONG, rope_type="yarn", beta_fast=1.0, beta_slow=0.5)  # keeps 2 of 4 pairs, mixes 1, slows 1
+
+MODELS = {
+    "deepseek_v3": (
+        "DeepseekV3",
+        dict(
+            DEEPSEEK,
+            **GROUPS,
+            q_lora_rank=10,
+            n_shared_experts=1,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+            rope_parameters=dict(YARN, mscale=1.0, mscale_all_dim=1.0),
+            num_nextn_predict_layers=2,
+        ),
+    ),
+    "deepseek_v3_no_groups": (
+        "DeepseekV3",
+        dict(
+            DEEPSEEK,
+            n_group=1,
+            topk_group=1,
+            q_lora_rank=None,
+            n_shared_experts=2,
+            routed_scaling_factor=2.446,
+            norm_topk_prob=True,
+            rope_parameters=ROPE,
+        ),
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        dict(
+            DEEPSEEK,
+            **GROUPS,
+            q_lora_rank=10,
+            n_shared_experts=2,
+            routed_scaling_factor=4.0,
+            topk_method="group_limited_greedy",
+            rope_parameters=dict(YARN, mscale=1.5, mscale_all_dim=0.707),
+        ),
+    ),
+    "deepseek_v2_lite": (
+        "DeepseekV2",
+        dict(DEEPSEEK, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", rope_parameters=ROPE),
+    ),
+    "mixtral": (
+        "Mixtral",
+        dict(intermediate_size=6, num_local_experts=8, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8),
+    ),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen3": (
+        "Qwen3",
+        dict(num_key_value_heads=2, head_dim=8, attention_bias=False, rope_parameters=YARN),
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        dict(EXPERTS, num_experts=8, norm_topk_prob=True, num_key_value_heads=1, head_dim=8, mlp_only_layers=[]),
+    ),
+    "olmoe": (
+        "Olmoe",
+        dict(intermediate_size=6, num_experts_per_tok=3, num_experts=8, norm_topk_prob=False, num_key_value_heads=2),
+    ),
+    "llama3": (
+        "Llama",
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_parameters=dict(LONG, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+        ),
+    ),
+}
+
+ROUTERS = {
+    "deepseek_v3": (DeepseekV3TopkRouter, "DeepseekV3", dict(norm_topk_prob=True, routed_scaling_factor=2.5)),
+    "deepseek_v3_not_normalized": (
+        DeepseekV3TopkRouter,
+        "DeepseekV3",
+        dict(norm_topk_prob=False, routed_scaling_factor=1.0),
+    ),
+    "deepseek_v2": (
+        DeepseekV2TopkRouter,
+        "DeepseekV2",
+        dict(topk_method="group_limited_greedy", routed_scaling_factor=16.0),
+    ),
+    "deepseek_v2_lite": (DeepseekV2TopkRouter, "DeepseekV2", dict(topk_method="greedy")),
+    "mixtral": (MixtralTopKRouter, "Mixtral", dict()),
+    "qwen3_moe": (Qwen3MoeTopKRouter, "Qwen3Moe", dict(norm_topk_prob=True)),
+    "olmoe": (OlmoeTopKRouter, "Olmoe", dict(norm_topk_prob=False)),
+}
+
+
+def build(family: str, overrides: dict) -> tuple[torch.nn.Module, transformers.PreTrainedConfig]:
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "rope_parameters": dict(ROPE), **overrides})
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    model = model_class._from_config(config, attn_implementation="eager", experts_implementation="eager")
+    return model.eval(), config
+
+
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Sets every weight and buffer of the state to random multiples of 1/64; norms lie around 1."""
+    rng = np.random.default_rng(seed)
+    for name, tensor in module.state_dict().items():
+        std = 0.5 if "norm" in name or "bias" in name or "embed" in name else tensor.shape[-1] ** -0.5
+        std *= 3 if name.endswith("gate.weight") or "router" in name else 1
+        value = np.round(64 * std * rng.standard_normal(tuple(tensor.shape))) / 64
+        if name.endswith("norm.weight"):
+            value = 1 + np.clip(value, -0.75, 0.75)
+        tensor.copy_(torch.tensor(value, dtype=tensor.dtype))
+
+
+def our_block(weights: dict[str, np.ndarray], config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
+    """One layer's weights (names relative to the layer) under our names, [in, out] where theirs are [out, in]."""
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    ours = {
+        "attention_norm.weight": weights["input_layernorm.weight"],
+        "ffn_norm.weight": weights["post_attention_layernorm.weight"],
+    }
+
+    def linear(name: str, *shape: int) -> np.ndarray:
+        matrix = weights[f"{name}.weight"].T
+        return matrix.reshape(*shape) if shape else matrix
+
+    def swiglu(name: str) -> dict[str, np.ndarray]:
+        gate_up = np.concatenate([linear(f"{name}.gate_proj"), linear(f"{name}.up_proj")], axis=1)
+        return {"gate_up_DF": gate_up, "down_FD": linear(f"{name}.down_proj")}
+
+    if "self_attn.kv_b_proj.weight" in weights:
+        attention = {
+            "key_value_a_DC": linear("self_attn.kv_a_proj_with_mqa"),
+            "key_value_norm.weight": weights["self_attn.kv_a_layernorm.weight"],
+            "key_value_b_CHN": linear("self_attn.kv_b_proj", config.kv_lora_rank, H, -1),
+        }
+        if config.q_lora_rank:
+            attention["query_a_DQ"] = linear("self_attn.q_a_proj")
+            attention["query_norm.weight"] = weights["self_attn.q_a_layernorm.weight"]
+            attention["query_b"] = linear("self_attn.q_b_proj", config.q_lora_rank, H, -1)
+        else:
+            attention["query_b"] = linear("self_attn.q_proj", config.hidden_size, H, -1)
+        attention["output_HVD"] = linear("self_attn.o_proj", H, -1, config.hidden_size)
+    else:
+        attention = {"output_HWD": linear("self_attn.o_proj", H, -1, config.hidden_size)}
+        for theirs, name, heads in ("q", "query_DHW", H), ("k", "key_DKW", K), ("v", "value_DKW", K):
+            attention[name] = linear(f"self_attn.{theirs}_proj", config.hidden_size, heads, -1)
+            role = name.split("_")[0]
+            if f"self_attn.{theirs}_proj.bias" in weights:
+                attention[f"{role}_bias"] = weights[f"self_attn.{theirs}_proj.bias"]
+            if f"self_attn.{theirs}_norm.weight" in weights:
+                attention[f"{role}_norm.weight"] = weights[f"self_attn.{theirs}_norm.weight"]
+    ours |= {f"attention.{name}": value for name, value in attention.items()}
+
+    if "mlp.gate.weight" not in weights:
+        return ours | {f"ffn.{name}": value for name, value in swiglu("mlp").items()}
+    ours["ffn.router.gate_DE"] = linear("mlp.gate")
+    if "mlp.gate.e_score_correction_bias" in weights:
+        ours["ffn.router.bias"] = weights["mlp.gate.e_score_correction_bias"]
+    ours["ffn.experts.gate_up_EDF"] = weights["mlp.experts.gate_up_proj"].swapaxes(1, 2)
+    ours["ffn.experts.down_EFD"] = weights["mlp.experts.down_proj"].swapaxes(1, 2)
+    if "mlp.shared_experts.gate_proj.weight" in weights:
+        ours |= {f"ffn.shared.{name}": value for name, value in swiglu("mlp.shared_experts").items()}
+    return ours
+
+
+def numpy_state(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def below(weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def stacked(layers: list[dict[str, np.ndarray]], prefix: str) -> dict[str, np.ndarray]:
+    """Weights of equal layers with a leading dimension of layers, under `prefix`; nothing for no layers."""
+    return {prefix + name: np.stack([layer[name] for layer in layers]) for name in (layers[0] if layers else {})}
+
+
+def our_weights(model: torch.nn.Module, config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
+    state = numpy_state(model)
+    ours = {"embed_VD": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    if not config.tie_word_embeddings:
+        ours["head_DV"] = state["lm_head.weight"].T
+    layers = [our_block(below(state, f"model.layers.{i}."), config) for i in range(config.num_hidden_layers)]
+    dense = [layer for layer in layers if "ffn.router.gate_DE" not in layer]
+    moe = [layer for layer in layers if "ffn.router.gate_DE" in layer]
+    return ours | stacked(dense, "dense_blocks.") | stacked(moe, "moe_blocks.")
+
+
+def our_mtp_weights(mtp: MtpModel, config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
+    names = {"enorm": "embedding_norms.weight", "hnorm": "hidden_norms.weight", "post_norm": "output_norms.weight"}
+    modules = [below(numpy_state(mtp), f"layers.{i}.") for i in range(mtp.num_mtp_layers)]
+    ours = stacked([our_block(below(module, "mtp_block."), config) for module in modules], "mtp.blocks.")
+    for theirs, name in names.items():
+        ours[f"mtp.{name}"] = np.stack([module[f"{theirs}.weight"] for module in modules])
+    return ours | {"mtp.projection_N2DD": np.stack([module["eh_proj.weight"].T for module in modules])}
+
+
+def exact_float16(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name, value in weights.items():
+        assert np.array_equal(value.astype(np.float16).astype(np.float32), value), name
+    return {name: value.astype(np.float16) for name, value in weights.items()}
+
+
+def mtp_hidden(mtp: MtpModel, hidden_BSD: torch.Tensor, tokens_BS: torch.Tensor) -> list[np.ndarray]:
+    """The hidden states of each module on a whole sequence; module k (from 1) has k positions fewer."""
+    cache = MtpCache(config=mtp.config)
+    positions_BS = torch.arange(tokens_BS.shape[1])[None]
+    outputs = []
+    for k in range(mtp.num_mtp_layers):
+        ahead = slice(k + 1, None)
+        hidden_BSD = mtp.forward_layer(
+            k, hidden_BSD[:, :-1], positions_BS[:, ahead], cache, input_ids=tokens_BS[:, ahead]
+        )
+        outputs.append(hidden_BSD.numpy())
+    return outputs
+
+
+def model_entries(family: str, overrides: dict, seed: int) -> dict[str, np.ndarray]:
+    model, config = build(family, overrides)
+    randomize(model, seed)
+    tokens_BS = torch.tensor(np.random.default_rng(seed).integers(0, config.vocab_size, (BATCH, LENGTH)))
+    valid_BS = torch.ones_like(tokens_BS)
+    valid_BS[1, :PADDING] = 0
+    output = model(
+        tokens_BS, attention_mask=valid_BS, position_ids=(valid_BS.cumsum(1) - 1).clamp(0), output_hidden_states=True
+    )
+    weights = our_weights(model, config)
+    entries = {"tokens_BS": tokens_BS.numpy().astype(np.int8), "valid_BS": valid_BS.numpy().astype(bool)}
+    entries["logits_BSV"] = output.logits.numpy()
+    if getattr(config, "num_nextn_predict_layers", None) and "num_nextn_predict_layers" in overrides:
+        mtp = MtpModel(model, config.num_nextn_predict_layers).eval()
+        mtp.set_attn_implementation("eager")
+        mtp.config._experts_implementation = "eager"
+        randomize(mtp.layers, seed + 1)
+        weights |= our_mtp_weights(mtp, config)
+        for k, hidden_1SD in enumerate(mtp_hidden(mtp, output.hidden_states[-1][:1], tokens_BS[:1])):
+            entries[f"mtp_hidden_{k}"] = hidden_1SD
+    return entries | {f"weights/{name}": value for name, value in exact_float16(weights).items()}
+
+
+def router_entries(router_class: type, family: str, overrides: dict, seed: int) -> dict[str, np.ndarray]:
+    """One router at 32 experts, in 8 groups where it knows groups: inputs, gate, bias and mixing weights [T, E]."""
+    T, D, E, K = 48, 8, 32, 6
+    names = {"Mixtral": "num_local_experts", "Qwen3Moe": "num_experts", "Olmoe": "num_experts"}
+    sizes = {names.get(family, "n_routed_experts"): E, "num_experts_per_tok": K, "hidden_size": D}
+    groups = dict(n_group=8, topk_group=3) if family.startswith("Deepseek") else {}
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, **sizes, **groups, **overrides}, rope_parameters=dict(ROPE)
+    )
+    router = router_class(config)
+    randomize(torch.nn.ModuleDict({"router": router}), seed)
+    x_TD = torch.tensor(np.round(64 * np.random.default_rng(seed).standard_normal((T, D))) / 64, dtype=torch.float32)
+    _, weights_TK, experts_TK = router(x_TD)
+    entries = exact_float16(
+        {"x_TD": x_TD.numpy(), "gate_DE": router.weight.numpy().T}
+        | ({"bias_E": router.e_score_correction_bias.numpy()} if hasattr(router, "e_score_correction_bias") else {})
+    )
+    return entries | {"mixing_TE": torch.zeros(T, E).scatter(1, experts_TK, weights_TK).numpy()}
+
+
+def main() -> None:
+    arrays = {}
+    with torch.no_grad():
+        for seed, (name, (family, overrides)) in enumerate(MODELS.items()):
+            arrays |= {f"{name}/{key}": v for key, v in model_entries(family, overrides, 10 * seed).items()}
+        for seed, (name, (router_class, family, overrides)) in enumerate(ROUTERS.items()):
+            entries = router_entries(router_class, family, overrides, 1000 + seed)
+            arrays |= {f"router/{name}/{key}": value for key, value in entries.items()}
+    path = pathlib.Path(__file__).with_name("hf_reference.npz")
+    np.savez_compressed(path, **arrays)
+    print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
