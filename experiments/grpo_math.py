@@ -36,6 +36,8 @@ class Config:
     seed: int = 0
     run_dir: str = ""
     """Where everything goes; empty: runs/grpo_math-seed<seed>. The same command resumes."""
+    preset: str = "tiny_moe"
+    """A named model (`moe_jax/presets.py`), which the flags --model.… then change."""
     tokenizer: str = "byte"
     """"byte", or a path to a tokenizer.json or its folder."""
     prompt_length: int = 20
@@ -46,8 +48,8 @@ class Config:
     data: ProblemConfig = ProblemConfig()
     pretrain: TrainConfig = TrainConfig(
         steps=400,
-        batch_size=32,
-        sequence_length=128,
+        batch_size=64,
+        sequence_length=64,
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.1),
     )
     rl: RLConfig = RLConfig(
@@ -95,11 +97,7 @@ def experiment(cfg: Config, session: Session) -> None:
 
     run, mesh = session.run, session.mesh
     tokenizer = load_tokenizer(cfg.tokenizer)
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {cfg.model.vocab_size}: the tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size}"
-            f" tokens; set --model.vocab-size {tokenizer.vocab_size} or more"
-        )
+    tokenizer.check_fits(cfg.model.vocab_size)
     source = load_problems(cfg.data, cfg.seed)
     definition = Definition.of(cfg.model)
 
@@ -201,7 +199,7 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any) -> N
         ),
     }
     run.write_json("summary.json", summary)
-    plots = plot_grpo(run.metrics(), run.path("plots", "reward.png").parent, results)
+    plots = plot_grpo(run.metrics(), run.dir / "plots", {name: result["pass_at_1"] for name, result in results.items()})
 
     titles = {
         "before": "base model",

@@ -59,7 +59,7 @@ def generate(
     import jax
 
     from moe_jax.data.tokenizer import DecodeStream
-    from moe_jax.rl.grpo import encode_prompt
+    from moe_jax.data.problem_text import encode_prompt
     from moe_jax.sampling.stream import make_stream
     from moe_jax.training.run import RunError, load_config
 
@@ -137,13 +137,12 @@ def _restore(run: Path, config: dict[str, Any], phase: str) -> tuple[Any, int, d
     params = {name: arrays.pop(name) for name in definition.param_names}
     try:
         with Checkpointer(run / "checkpoints" / phase) as checkpoints:
-            restored = checkpoints.restore({"train": {"params": params, "rest": arrays}}, partial=True)
+            restored = checkpoints.restore({"params": params, "rest": arrays}, partial=True)
     except CheckpointError as error:
         raise ToolError(str(error)) from error
     if restored is None:
         raise ToolError(f"{run / 'checkpoints' / phase} has no complete checkpoint")
-    train = restored.state["train"]
-    return definition, restored.step, train["params"], train["rest"]
+    return definition, restored.step, restored.state["params"], restored.state["rest"]
 
 
 def _tokenizer(run: Path, config: dict[str, Any], model: ModelConfig) -> Any:

@@ -361,6 +361,14 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """A text corpus."""
+
+    path: str = ""
+    """A .txt or .jsonl file (field "text"), or a folder of them; empty: the Python standard library's own sources."""
+
+
+@dataclass(frozen=True)
 class ProblemConfig:
     """Problems with answers that a rule can check, and the text that a base model learns from."""
 

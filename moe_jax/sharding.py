@@ -79,6 +79,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(x) for name, x in batch.items()}
 
 
+def batch_shards(rows: int) -> int:
+    """Over how many devices `rows` of a batch lie, under the mesh that `jax.set_mesh` put in place."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES["batch"] or ()]))
+    return shards if rows % shards == 0 else 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation to the logical `axes` under the mesh that `jax.set_mesh` put in place, if any."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -133,7 +133,7 @@ def plot_grpo(rows: Rows, folder: Path, evaluations: Mapping[str, Mapping[str, f
         *series(rows, "reward", "random_reward", "random reward (a coin)"),
     ]
     kl = series(rows, "kl", "grpo")
-    drift = _of_phases(rows, "logp_difference", policies)
+    drift = _of_phases(rows, "sampling/sampling_logp_difference/mean", policies)
     base_losses = [
         *series(rows, "loss_main", "base", "next token", BLUE),
         *series(rows, "loss_mtp_1", "base", "one further ahead (MTP)", ORANGE),

@@ -22,6 +22,7 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from moe_jax.config import ConfigError
 from moe_jax.data import DataError
 
 
@@ -45,6 +46,18 @@ class Tokenizer(ABC):
     @abstractmethod
     def vocab_size(self) -> int:
         """V: one more than the largest token id. A model's vocabulary may be larger, not smaller."""
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Refuses a model whose vocabulary is too small for this tokenizer.
+
+        Raises:
+          ConfigError: it is.
+        """
+        if self.vocab_size > vocab_size:
+            raise ConfigError(
+                f"ModelConfig.vocab_size = {vocab_size}: the tokenizer has {self.vocab_size} tokens; set"
+                f" --model.vocab-size {self.vocab_size} or more"
+            )
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

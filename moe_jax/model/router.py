@@ -50,7 +50,7 @@ class RouterStats(NamedTuple):
 def router_stats(routed: RouterOutput, valid_BS: Array) -> RouterStats:
     """Sums a layer's routing over the valid tokens of each sequence."""
     B, S = valid_BS.shape
-    T, K = routed.experts_TK.shape
+    _T, K = routed.experts_TK.shape
     E = routed.scores_TE.shape[1]
     valid_BS = valid_BS.astype(jnp.float32)
 

@@ -25,6 +25,7 @@ from moe_jax.ops.token_logprobs import token_logprobs
 from moe_jax.rl.environments import Environment
 from moe_jax.rng import random_generator
 from moe_jax.sampling.sampler import Samples, generate, pad_prompts
+from moe_jax.sharding import batch_shards
 from moe_jax.training.state import Batch, Loss, LossOutput
 
 
@@ -55,6 +56,7 @@ def completion_logprobs(
         model.head(),
         jnp.where(batch["drawn_BN"], batch["tokens_BS"][:, -N:], (pad_id + 1) % definition.cfg.vocab_size),
         banned_ids=(pad_id,),
+        shards=batch_shards(len(batch["tokens_BS"])),
         with_entropy=with_entropy,
     )
     counts = {}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from moe_jax.config import CheckpointConfig, RLConfig
@@ -27,11 +28,18 @@ from moe_jax.training.state import Batch, TrainState, make_update, start_state
 
 
 class PolicyState(NamedTuple):
-    """What a policy phase saves."""
+    """What a policy phase saves: a `TrainState`, under the same names, and the reference policy."""
 
-    train: TrainState
+    step: Array
+    params: Arrays
+    rest: Arrays
+    opt_state: optax.OptState
     reference: Arrays
     """Parameters of the reference policy; empty when beta is 0."""
+
+    @property
+    def train(self) -> TrainState:
+        return TrainState(self.step, self.params, self.rest, self.opt_state)
 
 
 class PolicyTrainer:
@@ -70,7 +78,7 @@ class PolicyTrainer:
         def body(state: PolicyState, step: int) -> tuple[PolicyState, dict[str, Any]]:
             refresh = cfg.reference_refresh_steps
             if cfg.loss.beta and refresh and step and step % refresh == 0:
-                state = state._replace(reference=jax.tree.map(jnp.copy, state.train.params))
+                state = state._replace(reference=jax.tree.map(jnp.copy, state.params))
             state, metrics, rows = self.step(environment, state, phase, step, seed, session.mesh)
             session.run.write_rows(f"rollouts/{phase}/{step + 1:06d}.jsonl", rows)
             return state, metrics
@@ -80,7 +88,7 @@ class PolicyTrainer:
             session.guard,
             phase,
             cfg.steps,
-            PolicyState(train, reference),
+            PolicyState(*train, reference),
             body,
             checkpoint=checkpoint,
             show=("reward", "rewards/accuracy/mean"),
@@ -120,7 +128,7 @@ class PolicyTrainer:
             metrics |= _mean_over_updates(jax.device_get(parts))
         metrics["time/update"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["num_tokens"] / (metrics["time/generate"] + metrics["time/update"])
-        return state._replace(train=train), metrics, samples.rows(step + 1)
+        return PolicyState(*train, state.reference), metrics, samples.rows(step + 1)
 
 
 def _mean_over_updates(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -28,18 +28,23 @@ def main(
 ) -> None:
     """Runs an experiment: parses the command line, opens the run folder, and calls `body(config, session)`.
 
-    `default` is the experiment's configuration, a frozen dataclass with `seed`, `run_dir` and `mesh`; every field is a
-    flag. An empty `run_dir` becomes `runs/<name>-seed<seed>`. What a user can mend ends in one line on standard error
+    `default` is the experiment's configuration, a frozen dataclass with `seed`, `run_dir`, `preset`, `model` and `mesh`;
+    every field is a flag. `--preset` replaces the model before the other flags change it. An empty `run_dir` becomes
+    `runs/<name>-seed<seed>`. What a user can mend ends in one line on standard error
     and exit code 2; a signal in 130 or 143, everything saved.
     """
     # Not at the top: `--help` and a typo should not wait for jax.
     import tyro
 
+    from moe_jax import presets
     from moe_jax.config import ConfigError
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     description = sys.modules[type(default).__module__].__doc__
     try:
+        if preset := _value_of("--preset", arguments):
+            default = replace(default, preset=preset, model=presets.get(preset))  # pyright: ignore[reportArgumentType]
         config = tyro.cli(type(default), default=default, args=arguments, description=description)
     except ConfigError as error:
         sys.exit(_fail(error))
@@ -58,14 +63,28 @@ def main(
     run_dir = values.pop("run_dir") or f"runs/{name}-seed{values['seed']}"
     try:
         with StopGuard() as guard, Run.open(run_dir, name, values) as run:
-            mesh = make_mesh(config.mesh)  # pyright: ignore[reportAttributeAccessIssue]
-            with jax.set_mesh(mesh):
-                body(config, Session(run, guard, mesh))
+            try:
+                mesh = make_mesh(config.mesh)  # pyright: ignore[reportAttributeAccessIssue]
+                with jax.set_mesh(mesh):
+                    body(config, Session(run, guard, mesh))
+            except (ConfigError, DataError):
+                run.discard()
+                raise
     except (ConfigError, DataError, RunError, CheckpointError, NonFiniteError) as error:
         sys.exit(_fail(error))
     except Stopped as stop:
         print(farewell(stop.signum, f"the last step of {run_dir}"), file=sys.stderr)
         sys.exit(stop.exit_code)
+
+
+def _value_of(flag: str, arguments: list[str]) -> str:
+    """The value that follows a flag on the command line, empty if it is not there."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == flag:
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return ""
 
 
 def _fail(error: Exception) -> int:

@@ -100,6 +100,15 @@ class Run:
         self._events.clear()
         self._lock.close()
 
+    def discard(self) -> None:
+        """Takes back a folder in which nothing was done yet, so that a mended command finds it free."""
+        if self.resumed or (self.dir / "metrics.jsonl").exists():
+            return
+        with suppress(OSError):
+            (self.dir / "config.json").unlink()
+            (self.dir / ".lock").unlink()
+            self.dir.rmdir()  # unless something else is in it
+
     @property
     def elapsed(self) -> float:
         """Seconds over all sessions of this run, each counted up to its last logged line."""

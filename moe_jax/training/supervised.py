@@ -14,11 +14,12 @@ import numpy as np
 from jax import Array
 
 from moe_jax.config import CheckpointConfig
+from moe_jax.data import DataError
 from moe_jax.losses import SumCount
 from moe_jax.losses.balance import sequence_balance_loss
 from moe_jax.losses.language_model import cross_entropy, mtp_loss, next_token_targets
 from moe_jax.model.definition import Arrays, Definition
-from moe_jax.sharding import put_batch
+from moe_jax.sharding import batch_shards, put_batch
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
 from moe_jax.training.state import Batch, Loss, LossOutput, TrainState, Update
@@ -61,7 +62,8 @@ def make_loss(definition: Definition, banned_ids: tuple[int, ...] = ()) -> Loss:
 
         def predict(hidden_BSD: Array, offset: int) -> SumCount:
             targets_BS, weights_BS = next_token_targets(tokens_BS, segments_BS, mask_BS, offset)
-            return cross_entropy(hidden_BSD, model.head(), targets_BS, weights_BS, banned_ids=banned_ids)
+            options = {"banned_ids": banned_ids, "shards": batch_shards(len(tokens_BS))}
+            return cross_entropy(hidden_BSD, model.head(), targets_BS, weights_BS, **options)
 
         main = predict(output.hidden_BSD, 1)
         metrics = {"loss_main": main}
@@ -89,35 +91,41 @@ def make_loss(definition: Definition, banned_ids: tuple[int, ...] = ()) -> Loss:
     return loss
 
 
-def bits_per_byte(
-    definition: Definition,
-    params: Arrays,
-    rest: Arrays,
-    batches: Iterable[dict[str, np.ndarray]],
-    bytes_V: np.ndarray,
-    banned_ids: tuple[int, ...] = (),
-    between: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Validation loss of the main head over all batches: `loss` (nats per token) and `bits_per_byte`.
+class BitsPerByte:
+    """Validation loss of the main head: `loss` in nats per token, and `bits_per_byte`, comparable across tokenizers.
 
-    `bytes_V` says how many bytes each token stands for; `between` is called after every batch.
+    `bytes_V` says how many bytes each token stands for.
     """
 
-    @jax.jit
-    def sums(params: Arrays, rest: Arrays, batch: Batch) -> tuple[Array, Array, Array]:
-        model = definition.merge(params, rest)
-        output = model(batch["tokens_BS"], segment_ids_BS=batch["segment_ids_BS"], positions_BS=batch["positions_BS"])
-        targets_BS, weights_BS = next_token_targets(batch["tokens_BS"], batch["segment_ids_BS"])
-        nll = cross_entropy(output.hidden_BSD, model.head(), targets_BS, weights_BS, banned_ids=banned_ids)
-        return nll.sum, nll.count, jnp.sum(weights_BS * jnp.asarray(bytes_V)[targets_BS])
+    def __init__(self, definition: Definition, bytes_V: np.ndarray, banned_ids: tuple[int, ...] = ()):
+        @jax.jit
+        def sums(params: Arrays, rest: Arrays, batch: Batch) -> tuple[Array, Array, Array]:
+            model = definition.merge(params, rest)
+            tokens_BS, segments_BS = batch["tokens_BS"], batch["segment_ids_BS"]
+            output = model(tokens_BS, segment_ids_BS=segments_BS, positions_BS=batch["positions_BS"])
+            targets_BS, weights_BS = next_token_targets(tokens_BS, segments_BS)
+            options = {"banned_ids": banned_ids, "shards": batch_shards(len(tokens_BS))}
+            nll = cross_entropy(output.hidden_BSD, model.head(), targets_BS, weights_BS, **options)
+            return nll.sum, nll.count, jnp.sum(weights_BS * jnp.asarray(bytes_V)[targets_BS])
 
-    totals: Any = np.zeros(3)
-    for batch in batches:
-        totals += np.array(jax.device_get(sums(params, rest, batch)), np.float64)
-        between()
-    if totals[2] == 0:
-        raise ValueError("the validation text has no byte to predict: give a longer one")
-    return {"loss": totals[0] / totals[1], "bits_per_byte": totals[0] / np.log(2) / totals[2]}
+        self._sums = sums
+
+    def __call__(
+        self, params: Arrays, rest: Arrays, batches: Iterable[Batch], between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Over all batches together; `between` is called after each.
+
+        Raises:
+            DataError: the text has no byte to predict.
+        """
+        totals: Any = np.zeros(3)
+        for batch in batches:
+            totals += np.array(jax.device_get(self._sums(params, rest, batch)), np.float64)
+            between()
+        nll, tokens, num_bytes = totals
+        if num_bytes == 0:
+            raise DataError("the validation text has no byte to predict: give a longer one")
+        return {"loss": nll / tokens, "bits_per_byte": nll / np.log(2) / num_bytes}
 
 
 def train_supervised(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.losses.balance import expert_load, load_entropy, max_violation, sequence_balance_loss
+from moe_jax.losses.balance import load_entropy, max_violation, sequence_balance_loss
+from moe_jax.model.router import RouterOutput, router_stats
 
 B, S, E, K = 8, 6, 5, 2
 
@@ -21,13 +22,24 @@ def batch(seed=0):
     return scores_BSE, np.arange(S) < lengths_B[:, None]
 
 
+def stats(scores_BSE, valid_BS):
+    """The router's sums; all experts in use are expert 0, which the loss must not look at."""
+    scores_TE = scores_BSE.reshape(-1, scores_BSE.shape[-1])
+    used_TK = jnp.zeros((len(scores_TE), K), jnp.int32)
+    return router_stats(RouterOutput(used_TK, jnp.ones(used_TK.shape), scores_TE), valid_BS)
+
+
 @jax.jit
 def gradient(scores_BSE, valid_BS):
     """(sum, count), and the sum's gradient with respect to the scores."""
-    (_, loss), grad_BSE = jax.value_and_grad(
-        lambda scores: (lambda loss: (loss.sum, loss))(sequence_balance_loss(scores, K, valid_BS)), has_aux=True
-    )(scores_BSE)
-    return loss, grad_BSE
+
+    def loss(scores_BSE):
+        sums = stats(scores_BSE, valid_BS)
+        result = sequence_balance_loss(sums.unbiased_counts_BE, sums.affinity_BE, sums.tokens_B, K)
+        return result.sum, result
+
+    (_, result), grad_BSE = jax.value_and_grad(loss, has_aux=True)(scores_BSE)
+    return result, grad_BSE
 
 
 def reference(scores_BSE, valid_BS, chosen_scores_BSE=None):
@@ -119,8 +131,7 @@ def test_eight_devices_give_the_numbers_of_one():
     @jax.jit
     def results(scores_BSE, valid_BS):
         loss, grad = gradient(scores_BSE, valid_BS)
-        experts_TK = jax.lax.top_k(scores_BSE, K)[1].reshape(-1, K)
-        return loss, grad, expert_load(experts_TK, valid_BS.reshape(-1), E)
+        return loss, grad, stats(scores_BSE, valid_BS).unbiased_counts_BE
 
     arguments = batch()
     one, many = results(*arguments), results(*(jax.device_put(x, rows) for x in arguments))
@@ -130,11 +141,14 @@ def test_eight_devices_give_the_numbers_of_one():
     np.testing.assert_array_equal(one[2], many[2])
 
 
-def test_expert_load_counts_valid_assignments_only():
-    experts_TK = np.array([[0, 1], [1, 2], [3, 3], [4, 4], [-1, 0]])
-    counts_E = expert_load(experts_TK, np.array([True, True, True, False, True]), E)
-    assert counts_E.dtype == jnp.int32
-    np.testing.assert_array_equal(counts_E, [2, 2, 1, 2, 0])
+def test_layers_add_up():
+    valid_BS = batch()[1]
+    sums = [stats(batch(seed)[0], valid_BS) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sums)
+    both = sequence_balance_loss(stacked.unbiased_counts_BE, stacked.affinity_BE, stacked.tokens_B, K)
+    apart = [gradient(batch(seed)[0], valid_BS)[0] for seed in (0, 1)]
+    np.testing.assert_allclose(both.sum, sum(float(part.sum) for part in apart), rtol=1e-6)
+    assert both.count == 2 * B
 
 
 @pytest.mark.parametrize(

@@ -19,5 +19,5 @@ def _random_model(cfg, seed=0):
 
 @pytest.fixture(scope="session")
 def random_model():
-    """random_model(cfg, seed=0): a `Transformer` whose weights, norms' scales and biases are all far from their start."""
+    """random_model(cfg, seed=0): a `Transformer` whose weights, norms and biases are all far from their start."""
     return _random_model

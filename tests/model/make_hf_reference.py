@@ -3,26 +3,30 @@
 Command: `pip install torch==2.13.0 transformers==5.23.0 && python tests/model/make_hf_reference.py`
 
 For each family, `test_hf_reference.py` finds here the weights under our names and in our layout (multiples of 1/64, so
-that float16 holds them exactly), token ids, which positions are not padding, and the logits. Two more kinds of entry
-are the multi-token prediction modules' hidden states and the routers alone, at more experts.
+that float16 holds them exactly), token ids, which positions are not padding, and the logits. Three more kinds of entry
+are the multi-token prediction modules' hidden states, the routers alone at more experts, and the rotary frequencies of
+released models.
 
 B batch, S sequence, D model, E experts, H heads, T tokens.
 """
 
+import functools
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter, yarn_apply_mscale
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-BATCH, LENGTH, PADDING = 2, 40, 7  # the second row has PADDING columns of padding on its left
+BATCH, LENGTH, PADDING = 2, 32, 7  # the second row has PADDING columns of padding on its left
 
 SIZES = dict(
     vocab_size=24,
@@ -133,6 +137,32 @@ ROUTERS = {
     "qwen3_moe": (Qwen3MoeTopKRouter, "Qwen3Moe", dict(norm_topk_prob=True)),
     "olmoe": (OlmoeTopKRouter, "Olmoe", dict(norm_topk_prob=False)),
 }
+
+LONG_CONTEXTS = {
+    "deepseek_v3": dict(
+        rope_type="yarn",
+        rope_theta=10_000.0,
+        factor=40.0,
+        original_max_position_embeddings=4096,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    "llama_3_1": dict(
+        rope_type="llama3",
+        rope_theta=500_000.0,
+        factor=8.0,
+        original_max_position_embeddings=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    ),
+}
+LONG_CONTEXTS["deepseek_v2"] = dict(LONG_CONTEXTS["deepseek_v3"], mscale=0.707, mscale_all_dim=0.707)
+LONG_CONTEXTS["kimi_k2"] = dict(LONG_CONTEXTS["deepseek_v3"], rope_theta=50_000.0, factor=32.0, beta_fast=1.0)
+LONG_CONTEXTS["yarn_defaults"] = dict(  # as in Qwen2.5's instructions for long inputs
+    rope_type="yarn", rope_theta=1_000_000.0, factor=4.0, original_max_position_embeddings=32_768
+)
 
 
 def build(family: str, overrides: dict) -> tuple[torch.nn.Module, transformers.PreTrainedConfig]:
@@ -259,30 +289,65 @@ def mtp_hidden(mtp: MtpModel, hidden_BSD: torch.Tensor, tokens_BS: torch.Tensor)
     return outputs
 
 
-def model_entries(family: str, overrides: dict, seed: int) -> dict[str, np.ndarray]:
+def chosen_experts(module: torch.nn.Module, run: Callable[[], object]) -> list[torch.Tensor]:
+    """Experts that the routers below `module` choose while `run` runs."""
+    chosen = []
+    routers = [child for name, child in module.named_modules() if type(child).__name__.lower().endswith("topkrouter")]
+    hooks = [
+        router.register_forward_hook(lambda _, __, output: chosen.append(output[2].sort(dim=-1).values))
+        for router in routers
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return chosen
+
+
+def clear_choices(module: torch.nn.Module, run: Callable[[], object], inputs: torch.Tensor) -> bool:
+    """Whether inputs changed by 1e-4 have the same experts: then no other order of sums can change them either."""
+    before, original = chosen_experts(module, run), inputs.clone()
+    inputs += 1e-4 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+    after = chosen_experts(module, run)
+    inputs.copy_(original)
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def model_entries(family: str, overrides: dict, seed: int) -> dict[str, np.ndarray] | None:
+    """What `test_hf_reference.py` needs of one model; None if a router is undecided at this seed."""
     model, config = build(family, overrides)
     randomize(model, seed)
     tokens_BS = torch.tensor(np.random.default_rng(seed).integers(0, config.vocab_size, (BATCH, LENGTH)))
     valid_BS = torch.ones_like(tokens_BS)
     valid_BS[1, :PADDING] = 0
-    output = model(
-        tokens_BS, attention_mask=valid_BS, position_ids=(valid_BS.cumsum(1) - 1).clamp(0), output_hidden_states=True
-    )
+    positions_BS = (valid_BS.cumsum(1) - 1).clamp(0)
     weights = our_weights(model, config)
+
+    def run() -> transformers.modeling_outputs.ModelOutput:
+        return model(tokens_BS, attention_mask=valid_BS, position_ids=positions_BS, output_hidden_states=True)
+
+    if not clear_choices(model, run, model.model.embed_tokens.weight):
+        return None
+    output = run()
     entries = {"tokens_BS": tokens_BS.numpy().astype(np.int8), "valid_BS": valid_BS.numpy().astype(bool)}
     entries["logits_BSV"] = output.logits.numpy()
-    if getattr(config, "num_nextn_predict_layers", None) and "num_nextn_predict_layers" in overrides:
+    if "num_nextn_predict_layers" in overrides:
         mtp = MtpModel(model, config.num_nextn_predict_layers).eval()
         mtp.set_attn_implementation("eager")
         mtp.config._experts_implementation = "eager"
         randomize(mtp.layers, seed + 1)
         weights |= our_mtp_weights(mtp, config)
-        for k, hidden_1SD in enumerate(mtp_hidden(mtp, output.hidden_states[-1][:1], tokens_BS[:1])):
-            entries[f"mtp_hidden_{k}"] = hidden_1SD
+        hidden_1SD = output.hidden_states[-1][:1].clone()
+
+        def run_mtp() -> list[np.ndarray]:
+            return mtp_hidden(mtp, hidden_1SD, tokens_BS[:1])
+
+        if not clear_choices(mtp, run_mtp, hidden_1SD):
+            return None
+        entries |= {f"mtp_hidden_{k}": hidden for k, hidden in enumerate(run_mtp())}
     return entries | {f"weights/{name}": value for name, value in exact_float16(weights).items()}
 
 
-def router_entries(router_class: type, family: str, overrides: dict, seed: int) -> dict[str, np.ndarray]:
+def router_entries(router_class: type, family: str, overrides: dict, seed: int) -> dict[str, np.ndarray] | None:
     """One router at 32 experts, in 8 groups where it knows groups: inputs, gate, bias and mixing weights [T, E]."""
     T, D, E, K = 48, 8, 32, 6
     names = {"Mixtral": "num_local_experts", "Qwen3Moe": "num_experts", "Olmoe": "num_experts"}
@@ -294,6 +359,8 @@ def router_entries(router_class: type, family: str, overrides: dict, seed: int) 
     router = router_class(config)
     randomize(torch.nn.ModuleDict({"router": router}), seed)
     x_TD = torch.tensor(np.round(64 * np.random.default_rng(seed).standard_normal((T, D))) / 64, dtype=torch.float32)
+    if not clear_choices(router, lambda: router(x_TD), x_TD):
+        return None
     _, weights_TK, experts_TK = router(x_TD)
     entries = exact_float16(
         {"x_TD": x_TD.numpy(), "gate_DE": router.weight.numpy().T}
@@ -302,14 +369,33 @@ def router_entries(router_class: type, family: str, overrides: dict, seed: int) 
     return entries | {"mixing_TE": torch.zeros(T, E).scatter(1, experts_TK, weights_TK).numpy()}
 
 
+def rope_entries(parameters: dict) -> dict[str, np.ndarray]:
+    """Frequencies of a head with 64 rotated elements, the factor of cosine and sine, and that of the softmax."""
+    overrides = dict(head_dim=64, rope_parameters=dict(parameters), max_position_embeddings=163_840)
+    config = transformers.LlamaConfig(**{**SIZES, **overrides})
+    frequencies, rotation_scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
+    scales = np.array([rotation_scale, yarn_apply_mscale(config.rope_parameters, 1.0)])
+    return {"frequencies": frequencies.numpy(), "scales": scales}
+
+
+def first(make: Callable[[int], dict[str, np.ndarray] | None]) -> dict[str, np.ndarray]:
+    """The entries at the first seed at which every router is decided."""
+    return next(entries for entries in map(make, range(0, 1000, 2)) if entries is not None)
+
+
 def main() -> None:
     arrays = {}
+
+    def add(prefix: str, entries: dict[str, np.ndarray]) -> None:
+        arrays.update({f"{prefix}/{key}": value for key, value in entries.items()})
+
     with torch.no_grad():
-        for seed, (name, (family, overrides)) in enumerate(MODELS.items()):
-            arrays |= {f"{name}/{key}": v for key, v in model_entries(family, overrides, 10 * seed).items()}
-        for seed, (name, (router_class, family, overrides)) in enumerate(ROUTERS.items()):
-            entries = router_entries(router_class, family, overrides, 1000 + seed)
-            arrays |= {f"router/{name}/{key}": value for key, value in entries.items()}
+        for name, model in MODELS.items():
+            add(name, first(functools.partial(model_entries, *model)))
+        for name, router in ROUTERS.items():
+            add(f"router/{name}", first(functools.partial(router_entries, *router)))
+    for name, parameters in LONG_CONTEXTS.items():
+        add(f"rope/{name}", rope_entries(parameters))
     path = pathlib.Path(__file__).with_name("hf_reference.npz")
     np.savez_compressed(path, **arrays)
     print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 1000:.0f} kB")

@@ -35,7 +35,9 @@ def build(moe=CONFIG):
     cfg = ModelConfig(hidden_size=D, moe=moe)
     abstract = jax.eval_shape(lambda: MoE(cfg, Initializer(cfg, nnx.Rngs(0))))
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: jnp.asarray((0.2 if x.ndim == 1 else 0.5) * rng.normal(size=x.shape), x.dtype), abstract)
+    return jax.tree.map(
+        lambda x: jnp.asarray((0.2 if x.ndim == 1 else 0.5) * rng.normal(size=x.shape), x.dtype), abstract
+    )
 
 
 def swiglu(x, gate_up, down):

@@ -13,17 +13,15 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.layers import Initializer
 from moe_jax.model import router as router_module
+from moe_jax.model.layers import Initializer
 from moe_jax.model.router import Router, router_stats, updated_bias
 
 route = functools.partial(jax.jit, static_argnames="cfg")(router_module.route)
 call = jax.jit(lambda router, x_TD: router(x_TD))
 
 T, D = 64, 12
-V3 = MoEConfig(
-    num_experts=16, num_experts_per_token=4, num_groups=4, num_groups_per_token=2, routed_scaling_factor=2.5
-)
+V3 = MoEConfig(num_experts=16, num_experts_per_token=4, num_groups=4, num_groups_per_token=2, routed_scaling_factor=2.5)
 V2 = MoEConfig(
     num_experts=16,
     num_experts_per_token=4,
@@ -200,7 +198,9 @@ def test_gate_has_a_gradient(cfg):
 def test_bias_has_no_gradient_and_is_no_parameter():
     router = router_of(V3)
     assert [path for path, _ in nnx.to_flat_state(nnx.state(router, nnx.Param))] == [("gate_DE",)]
-    gradient = jax.jit(jax.grad(lambda bias: jnp.sum(route(jnp.asarray(sigmoid(logits(16))), bias, V3).weights_TK ** 2)))
+    gradient = jax.jit(
+        jax.grad(lambda bias: jnp.sum(route(jnp.asarray(sigmoid(logits(16))), bias, V3).weights_TK ** 2))
+    )
     np.testing.assert_array_equal(gradient(jnp.asarray(BIASES["small"])), 0)
 
 
@@ -209,7 +209,9 @@ def test_gradients_stay_finite_when_all_affinities_vanish():
     @jax.grad
     def gradient(logits_TE):
         routed = route(jax.nn.sigmoid(logits_TE), None, V3)
-        return jnp.sum(routed.weights_TK[:, 0]) + jnp.sum(router_stats(routed, jnp.ones((1, T), bool)).affinity_BE[:, 0])
+        return jnp.sum(routed.weights_TK[:, 0]) + jnp.sum(
+            router_stats(routed, jnp.ones((1, T), bool)).affinity_BE[:, 0]
+        )
 
     for shift in (50.0, 90.0, 200.0):
         assert np.all(np.isfinite(gradient(logits(16) - shift)))

@@ -16,7 +16,8 @@ from moe_jax.sampling.stream import make_stream
 MLA = ModelConfig(
     vocab_size=24,
     hidden_size=16,
-    num_layers=2,
+    num_layers=1,
+    first_k_dense=0,
     intermediate_size=32,
     attention=AttentionConfig(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
     moe=MoEConfig(num_experts=4, num_experts_per_token=2, num_shared_experts=1, expert_size=16),
@@ -58,7 +59,7 @@ def check_against_generate(model, cfg: SamplingConfig, stop_ids: tuple[int, ...]
 
 def test_sampled_tokens_are_those_of_generate():
     completions = check_against_generate(
-        model_of(MLA), SamplingConfig(12, temperature=0.8, top_k=10, top_p=0.95), stop_ids=(3,), length=70
+        model_of(MLA), SamplingConfig(12, temperature=0.8, top_k=10), stop_ids=(3,), length=70
     )
     assert any(tokens[-1] == 3 for tokens in completions)
     assert all(len(tokens) == 12 or tokens[-1] == 3 for tokens in completions)

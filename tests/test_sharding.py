@@ -1,0 +1,89 @@
+"""The mesh and the table from logical to mesh axes, on 8 simulated devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from moe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, MoEConfig, MTPConfig
+from moe_jax.model.definition import Definition
+from moe_jax.sharding import RULES, constrain, make_mesh, partition_spec, put_batch
+
+MESH = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+
+
+def test_free_axis_takes_the_devices_that_are_left():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape)["fsdp"] == 2
+    assert make_mesh(MeshConfig(data=1)).size == 1
+
+
+def test_meshes_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="3 does not divide the 8 devices"):
+        make_mesh(MeshConfig(fsdp=3))
+    with pytest.raises(ConfigError, match="needs 16 devices, there are 8"):
+        make_mesh(MeshConfig(data=16))
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("embed", "mlp"), (4, 6), PartitionSpec("fsdp", "tensor")),
+        (("embed", "mlp"), (3, 4, 6), PartitionSpec(None, "fsdp", "tensor")),
+        (("embed", "mlp"), (5, 6), PartitionSpec(None, "tensor")),
+        (("expert", "embed", "mlp"), (4, 4, 4), PartitionSpec("expert", "fsdp", "tensor")),
+        (("embed", None), (4, 4), PartitionSpec("fsdp", None)),
+        (("batch", "sequence", "activation"), (8, 5, 4), PartitionSpec(("data", "fsdp", "expert"), None, None)),
+        (("batch", "sequence"), (6, 5), PartitionSpec(None, None)),
+        ((), (7,), PartitionSpec(None)),
+    ],
+)
+def test_partition_spec(axes, shape, expected):
+    assert partition_spec(axes, shape, MESH) == expected
+
+
+def test_axes_of_one_device_are_replicated():
+    assert partition_spec(("embed", "mlp"), (4, 4), make_mesh(MeshConfig(data=8))) == PartitionSpec(None, None)
+
+
+def test_every_weight_names_known_axes_for_its_own_dimensions():
+    for kind in ("mla", "gqa"):
+        attention = AttentionConfig(kind=kind, q_lora_rank=8, qkv_bias=True, qk_norm="head")
+        cfg = ModelConfig(attention=attention, moe=MoEConfig(num_experts=4, num_shared_experts=1), mtp=MTPConfig(1))
+        definition = Definition.of(cfg)
+        for name in definition.param_names:
+            variable = definition.variables[name]
+            metadata = variable.get_metadata()
+            axes = metadata["axes"]
+            assert set(axes) <= {None, *RULES}, name
+            stacked = name.startswith(("dense_blocks", "moe_blocks", "mtp.blocks", "mtp.embedding", "mtp.hidden"))
+            stacked |= name.startswith("mtp.output")
+            assert len(variable.shape) == len(axes) + stacked, name
+            assert len(metadata["roles"]) in (0, len(axes)), name
+
+
+def test_large_weights_are_created_in_shards():
+    cfg = ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, expert_size=8))
+    definition = Definition.of(cfg)
+    shardings, rest = definition.shardings(MESH)
+    experts = shardings["moe_blocks.ffn.experts.gate_up_EDF"]
+    assert experts.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert rest["moe_blocks.ffn.router.bias"].is_fully_replicated
+
+
+def test_batches_are_divided_by_rows_where_that_goes_up():
+    even, odd = np.arange(24).reshape(8, 3), np.arange(9).reshape(3, 3)
+    batch = put_batch({"even": even, "odd": odd}, MESH)
+    assert batch["even"].sharding.shard_shape((8, 3)) == (2, 3)
+    assert batch["odd"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(batch["even"], even)
+    np.testing.assert_array_equal(batch["odd"], odd)
+
+
+def test_constrain_is_nothing_without_a_mesh_and_a_constraint_with_one():
+    x = jnp.zeros((8, 4))
+    assert constrain(x, "batch", "activation") is x
+    with jax.set_mesh(MESH):
+        y = jax.jit(lambda x: constrain(x, "batch", "activation"))(x)
+    assert y.sharding.shard_shape(y.shape) == (2, 4)
