@@ -101,9 +101,7 @@ def experiment(cfg: Config, session: Session) -> None:
         return state, metrics | {f"validation/{name}": value for name, value in validation.items()}
 
     state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), session.mesh)
-    state = run_phase(
-        run, session.guard, "pretrain", train.steps, state, body, checkpoint=cfg.checkpoint, data=data
-    )
+    state = run_phase(run, session.guard, "pretrain", train.steps, state, body, checkpoint=cfg.checkpoint, data=data)
     report(cfg, run, validate(state), parameter_counts(cfg.model))
 
 

@@ -58,8 +58,8 @@ def generate(
 
     import jax
 
-    from moe_jax.data.tokenizer import DecodeStream
     from moe_jax.data.problem_text import encode_prompt
+    from moe_jax.data.tokenizer import DecodeStream
     from moe_jax.sampling.stream import make_stream
     from moe_jax.training.run import RunError, load_config
 

@@ -191,7 +191,7 @@ class MoEConfig:
                 self.num_experts // self.num_groups >= 2,
                 self,
                 "group_score",
-                f"needs groups of 2 experts or more, there are {self.num_experts} in {self.num_groups} groups; use 'max'",
+                f"needs 2 experts a group or more, there are {self.num_experts} in {self.num_groups} groups; use 'max'",
             )
 
 
@@ -293,7 +293,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    """On matrices only: norms, biases and embeddings are not decayed."""
+    """On matrices only: embedding, head, router gates, norms and biases are not decayed."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 does not clip."""
 

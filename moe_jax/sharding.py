@@ -33,7 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 """Logical axis → mesh axis, or axes, or None for replicated."""
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes of `MeshConfig`; its first devices are taken if it needs fewer than there are.
 
     Raises:

@@ -58,7 +58,7 @@ class Definition:
     def merge(self, params: Arrays, rest: Arrays) -> Transformer:
         """The model that has these arrays."""
         arrays = {**params, **rest}
-        flat = {tuple(name.split(".")): v.replace(arrays[name]) for name, v in self.variables.items()}
+        flat: Any = {tuple(name.split(".")): v.replace(arrays[name]) for name, v in self.variables.items()}
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
     def shardings(self, mesh: Mesh) -> tuple[dict[str, NamedSharding], dict[str, NamedSharding]]:

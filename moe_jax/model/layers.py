@@ -6,6 +6,7 @@ B batch, S sequence, D model, F feed-forward, R rotary pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,14 @@ class SwiGLU(nnx.Module):
         gate_up = jnp.einsum("...D,DF->...F", x_BSD, self.gate_up_DF[...].astype(x_BSD.dtype))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, self.down_FD[...].astype(x_BSD.dtype))
+
+
+def rematerialised(body: Callable, remat: str) -> Callable:
+    """`body` with its backward pass computing anew what `ModelConfig.remat` says."""
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(body, policy=policy)
 
 
 class Rotation(NamedTuple):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import Initializer, RMSNorm
+from moe_jax.model.layers import Initializer, RMSNorm, rematerialised
 from moe_jax.model.router import RouterStats
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ class MTP(nnx.Module):
             hidden_BSD = output_norm(x_BSD)
             return (hidden_BSD, ahead_BSD, segment_ahead_BS), (hidden_BSD, stats)
 
-        if self.cfg.remat != "none":
-            module = jax.checkpoint(module)  # pyright: ignore[reportAssignmentType]
         weights = (self.blocks, self.embedding_norms, self.hidden_norms, self.output_norms, self.projection_N2DD)
-        _, (hidden_NBSD, stats) = jax.lax.scan(module, (hidden_BSD, embedded_BSD, segment_ids_BS), weights)
+        _, (hidden_NBSD, stats) = jax.lax.scan(
+            rematerialised(module, self.cfg.remat), (hidden_BSD, embedded_BSD, segment_ids_BS), weights
+        )
         return MTPOutput(hidden_NBSD, stats)
 
 

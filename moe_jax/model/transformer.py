@@ -14,7 +14,7 @@ from jax import Array
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Entries, causal_mask, entry_shapes, make_attention, rotary_dim
-from moe_jax.model.layers import Initializer, RMSNorm, Rotation, SwiGLU, rotation
+from moe_jax.model.layers import Initializer, RMSNorm, Rotation, SwiGLU, rematerialised, rotation
 from moe_jax.model.moe import MoE
 from moe_jax.model.mtp import MTP, MTPOutput
 from moe_jax.model.router import RouterStats
@@ -51,7 +51,7 @@ class Context(NamedTuple):
     valid_BS: Array
     decode: bool
     """Attend to the cache (True) or to the sequence itself (False: training, prefill)."""
-    column: Array | None
+    column: Array | int
     """Where in the cache the sequence is written."""
 
 
@@ -89,7 +89,7 @@ class Block(nnx.Module):
         return constrain(x_BSD + y_BSD, "batch", "sequence", "activation"), stats, caches
 
 
-def _write(cache: Array, entry: Array, layer: Array | int, column: Array | None) -> Array:
+def _write(cache: Array, entry: Array, layer: Array | int, column: Array | int) -> Array:
     start = (layer, 0, column, *[0] * (entry.ndim - 2))
     return jax.lax.dynamic_update_slice(cache, entry[None].astype(cache.dtype), start)
 
@@ -113,11 +113,8 @@ def run_blocks(
         x_BSD, stats, caches = block(carry[0], ctx, carry[1], layer)
         return (x_BSD, caches), stats
 
-    if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy)  # pyright: ignore[reportAssignmentType]
     layers = jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
-    (x_BSD, caches), stats = jax.lax.scan(body, (x_BSD, caches), (layers, blocks))
+    (x_BSD, caches), stats = jax.lax.scan(rematerialised(body, remat), (x_BSD, caches), (layers, blocks))
     return x_BSD, stats, caches
 
 
@@ -166,7 +163,7 @@ class Transformer(nnx.Module):
             if cache is not None:
                 positions_BS += jnp.sum(cache.valid_BT, axis=1, keepdims=True)
         rot = rotation(positions_BS, cfg.attention.rope, rotary_dim(cfg.attention))
-        column = None
+        column: Array | int = 0
         decode = cache is not None and not prefill
         if cache is not None:
             column = cache.length
@@ -206,7 +203,7 @@ class Transformer(nnx.Module):
         """Runs the multi-token prediction modules on the trunk's output (DeepSeek-V3 §2.2)."""
         assert self.mtp is not None
         rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
-        ctx = Context(rot, causal_mask(segment_ids_BS), segment_ids_BS > 0, False, None)
+        ctx = Context(rot, causal_mask(segment_ids_BS), segment_ids_BS > 0, False, 0)
         return self.mtp(hidden_BSD, self.embed(tokens_BS), segment_ids_BS, ctx)
 
 

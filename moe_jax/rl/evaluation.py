@@ -36,10 +36,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Samples every problem `cfg.samples` times at temperature 1 and scores the completions.
 
-    Returns `pass_at_1` (the mean accuracy of single samples, with its 95 % interval over problems), `cons_at_<k>` (of
-    the majority's answer), `format`, `worked`, `mean_length`, the accuracy of the completions that show their working
-    and of those that do not (`accuracy_worked`, `accuracy_guessed`; 0 where there are none), and a few `examples`. `between(done, total)` is called
-    after every batch of problems.
+    Returns `pass_at_1` (mean accuracy of single samples) and `cons_at_<k>` (accuracy of the majority's answer), each
+    with its 95 % interval over problems; `format`, `worked`, `mean_length`; the accuracy of the completions that show
+    their working and of those that do not (`accuracy_worked`, `accuracy_guessed`; 0 where there are none); and a few
+    `examples`. `between(done, total)` is called after every batch of problems.
     """
     accuracy: list[list[float]] = []
     consensus: list[float] = []

@@ -192,7 +192,7 @@ def rollout(
     seed: int,
     key: Array,
 ) -> Rollout:
-    """Samples a group for each of a step's problems, and scores it; all random choices depend on seed and step alone."""
+    """Samples a group for each of a step's problems, and scores it; chance depends on seed and step alone."""
     started = time.perf_counter()
     problems = environment.problems(step, cfg.num_prompts)
     prompts_PS, mask_PS = encode_prompts(problems, tokenizer, prompt_length)

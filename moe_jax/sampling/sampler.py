@@ -95,38 +95,39 @@ def generate(
     hidden_BD = jnp.repeat(hidden_PD, group_size, axis=0)
     cache = _repeat_and_extend(prefilled.cache, group_size, N)
 
-    class State(NamedTuple):
-        n: Array
-        hidden_BD: Array
-        cache: Cache
-        samples: Samples
-
-    def draw(state: State) -> State:
-        samples = state.samples
-        logits_BV = model.logits(state.hidden_BD[:, None])[:, 0].at[:, pad_id].set(-jnp.inf)
-        token_B, logprob_B = sample_token(jax.random.fold_in(key, state.n), logits_BV, cfg)
+    def draw(n: Array | int, hidden_BD: Array, samples: Samples) -> Samples:
+        logits_BV = model.logits(hidden_BD[:, None])[:, 0].at[:, pad_id].set(-jnp.inf)
+        token_B, logprob_B = sample_token(jax.random.fold_in(key, n), logits_BV, cfg)
         alive_B = ~samples.finished_B
         token_B = jnp.where(alive_B, token_B, pad_id)
         stopped_B = jnp.any(token_B[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
 
         def put(x_BN: Array, value_B: Array) -> Array:
-            return jax.lax.dynamic_update_slice(x_BN, value_B[:, None].astype(x_BN.dtype), (0, state.n))
+            return jax.lax.dynamic_update_slice(x_BN, value_B[:, None].astype(x_BN.dtype), (0, n))
 
-        samples = Samples(
+        return Samples(
             put(samples.tokens_BN, token_B),
             put(samples.logprobs_BN, jnp.where(alive_B, logprob_B, 0.0)),
             put(samples.mask_BN, alive_B),
             samples.finished_B | stopped_B,
         )
-        output = model(token_B[:, None], cache=state.cache)
+
+    class State(NamedTuple):
+        n: Array
+        cache: Cache
+        samples: Samples
+
+    def step(state: State) -> State:
+        last_B1 = jax.lax.dynamic_slice_in_dim(state.samples.tokens_BN, state.n - 1, 1, axis=1)
+        output = model(last_B1, cache=state.cache)
         assert output.cache is not None
-        return State(state.n + 1, output.hidden_BSD[:, 0], output.cache, samples)
+        return State(state.n + 1, output.cache, draw(state.n, output.hidden_BSD[:, 0], state.samples))
 
     empty = Samples(
         jnp.full((B, N), pad_id, jnp.int32), jnp.zeros((B, N)), jnp.zeros((B, N), bool), jnp.zeros((B,), bool)
     )
-    state = State(jnp.zeros((), jnp.int32), hidden_BD, cache, empty)
-    state = jax.lax.while_loop(lambda s: (s.n < N) & ~jnp.all(s.samples.finished_B), draw, state)
+    state = State(jnp.ones((), jnp.int32), cache, draw(0, hidden_BD, empty))
+    state = jax.lax.while_loop(lambda s: (s.n < N) & ~jnp.all(s.samples.finished_B), step, state)
     return state.samples
 
 

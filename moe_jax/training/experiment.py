@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """Runs an experiment: parses the command line, opens the run folder, and calls `body(config, session)`.
 
-    `default` is the experiment's configuration, a frozen dataclass with `seed`, `run_dir`, `preset`, `model` and `mesh`;
+    `default` is the experiment's configuration, a frozen dataclass with `seed`, `run_dir`, `preset`, `model`, `mesh`;
     every field is a flag. `--preset` replaces the model before the other flags change it. An empty `run_dir` becomes
     `runs/<name>-seed<seed>`. What a user can mend ends in one line on standard error
     and exit code 2; a signal in 130 or 143, everything saved.

@@ -22,8 +22,8 @@ def learning_rate_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     elif cfg.schedule == "cosine":
         after = optax.cosine_decay_schedule(cfg.learning_rate, rest, alpha=cfg.final_fraction)
     else:
-        decay = max(round(cfg.decay_fraction * steps), 1)
-        after = optax.linear_schedule(cfg.learning_rate, final, decay, transition_begin=max(rest - decay, 0))
+        decay = min(max(round(cfg.decay_fraction * steps), 1), rest)
+        after = optax.linear_schedule(cfg.learning_rate, final, decay, transition_begin=rest - decay)
     return optax.join_schedules([ramp, after], [warmup])
 
 
@@ -31,7 +31,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, definition: Definition) -> 
     """Gradient clipping and AdamW or Muon, for the parameters of a `Definition`.
 
     Muon's update has the root mean square 0.2 whatever the matrix's shape (Moonlight, arXiv:2502.16982 eq. 4), so that
-    it takes AdamW's learning rates; tables and vectors (embedding, head, norms, gates) are left to AdamW.
+    it takes AdamW's learning rates; tables and vectors (embedding, head, gates, norms) are left to AdamW.
     """
     roles = {name: definition.variables[name].get_metadata()["roles"] for name in definition.param_names}
     is_matrix = {name: role != "" for name, role in roles.items()}
@@ -39,18 +39,22 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, definition: Definition) -> 
     if cfg.name == "adamw":
         optimizer = optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=is_matrix)
     else:
-        dimensions: Any = {
-            name: _muon_dimensions(role, len(definition.variables[name].shape)) if role else None
-            for name, role in roles.items()
-        }
-        optimizer = muon(
+
+        def dimensions(params: Any) -> Any:
+            return {
+                name: _muon_dimensions(roles[name], leaf.ndim) if is_matrix[name] else leaf
+                for name, leaf in params.items()
+            }
+
+        matrices = muon(
             schedule,
             weight_decay=cfg.weight_decay,
-            adam_b1=cfg.beta1,
-            adam_b2=cfg.beta2,
             muon_weight_dimension_numbers=dimensions,
             consistent_rms=0.2,
         )
+        tables = optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=0.0)
+        labels = {name: "matrix" if matrix else "table" for name, matrix in is_matrix.items()}
+        optimizer = optax.partition({"matrix": matrices, "table": tables}, labels)
     clip = optax.clip_by_global_norm(cfg.max_grad_norm) if cfg.max_grad_norm else optax.identity()
     return optax.chain(clip, optimizer)
 

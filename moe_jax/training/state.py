@@ -69,16 +69,13 @@ def start_state(
     definition: Definition, optimizer: optax.GradientTransformation, params: Arrays, rest: Arrays, mesh: Mesh
 ) -> TrainState:
     """A fresh optimizer on given weights. The weights are copied: updates donate their state."""
-    like = jax.eval_shape(optimizer.init, params)
+    moments = _moment_shardings(jax.eval_shape(optimizer.init, params), definition, mesh)
+    shardings = (*definition.shardings(mesh), moments)
     init = jax.jit(
-        lambda params, rest: TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params)),
-        out_shardings=TrainState(
-            NamedSharding(mesh, PartitionSpec()),
-            *definition.shardings(mesh),
-            _moment_shardings(like, definition, mesh),
-        ),
+        lambda params, rest: (jnp.zeros((), jnp.int32), params, rest, optimizer.init(params)),
+        out_shardings=(NamedSharding(mesh, PartitionSpec()), *shardings),
     )
-    return init(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, rest))
+    return TrainState(*init(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, rest)))
 
 
 def _moment_shardings(opt_state: Any, definition: Definition, mesh: Mesh) -> Any:
@@ -142,7 +139,7 @@ def make_update(
             for name in rest:
                 rest[name] = updated_bias(rest[name], output.counts[name], bias_update_rate)
         metrics = {name: value.mean() for name, value in output.metrics.items()}
-        metrics |= output.maxima | {"loss": output.loss, "grad_norm": optax.global_norm(gradient)}
+        metrics |= output.maxima | {"loss": output.loss, "grad_norm": optax.tree.norm(gradient)}
         if output.counts:
             counts_LE = jnp.concatenate(list(output.counts.values()))
             metrics["moe/max_violation"] = jnp.mean(max_violation(counts_LE))

@@ -41,7 +41,7 @@ def make_totals(definition: Definition) -> Callable[[Batch], Totals]:
             for offset in range(1, definition.cfg.mtp.depth + 2)
         ]
         sequences = jnp.sum(jnp.any(batch["segment_ids_BS"] > 0, axis=1), dtype=jnp.float32)
-        return Totals(tuple(jnp.maximum(jnp.sum(w), 1) for w in weights), sequences)
+        return Totals(tuple(jnp.maximum(jnp.sum(w), 1) for w in weights), jnp.maximum(sequences, 1))
 
     return totals
 

@@ -29,7 +29,13 @@ def run_rows(beta: float = 0.0, steps: int = 6) -> list[dict]:
         rows.append({"phase": "base", "step": step, "loss_main": 3 / step, "loss_mtp_1": 4 / step, **moe})
     for phase in ("grpo", "random_reward"):
         for step in range(1, steps + 1):
-            row = {"phase": phase, "step": step, "reward": 0.1 * step, "entropy": 1 / step, "sampling/sampling_logp_difference/mean": 1e-6}
+            row = {
+                "phase": phase,
+                "step": step,
+                "reward": 0.1 * step,
+                "entropy": 1 / step,
+                "sampling/sampling_logp_difference/mean": 1e-6,
+            }
             row |= {"rewards/accuracy/mean": 0.1 * step, "rewards/worked/mean": 0.5, "completions/mean_length": 9.0}
             row |= {"moe/expert_load": load[:2], "moe/max_violation": 0.3} | ({"kl": 0.01} if beta else {})
             rows.append(row)

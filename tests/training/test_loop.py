@@ -8,7 +8,7 @@ import pytest
 from moe_jax.config import CheckpointConfig
 from moe_jax.training.loop import NonFiniteError, run_phase
 from moe_jax.training.run import Run
-from moe_jax.training.signals import Stopped, StopGuard
+from moe_jax.training.signals import StopGuard, Stopped
 
 
 class Counter:
@@ -52,9 +52,7 @@ def walk(run, guard, steps, every=2, poison=None):
         state, loss = update(state, jnp.float32(next(data)))
         return state, {"loss": jnp.where(step == poison, jnp.nan, loss), "load": jnp.ones((2, 3))}
 
-    return run_phase(
-        run, guard, "walk", steps, jnp.ones(3), body, checkpoint=CheckpointConfig(every=every), data=data
-    )
+    return run_phase(run, guard, "walk", steps, jnp.ones(3), body, checkpoint=CheckpointConfig(every=every), data=data)
 
 
 def losses(run):
