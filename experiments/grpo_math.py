@@ -41,7 +41,7 @@ class Config:
     tokenizer: str = "byte"
     """"byte", or a path to a tokenizer.json or its folder."""
     prompt_length: int = 20
-    """Tokens of room for a prompt."""
+    """Tokens of room for a prompt. Problems with longer ones are skipped, counted and reported."""
     controls: bool = True
     """Run the two controls."""
     model: ModelConfig = field(default_factory=tiny_moe)
@@ -76,13 +76,33 @@ class Config:
 CONFIG = Config()
 
 
+def _longer(cfg: Config, source: str, prompt: int, completion: int, row: int, rows: int) -> Config:
+    """The same experiment with room for longer texts."""
+    return replace(
+        cfg,
+        prompt_length=prompt,
+        data=replace(cfg.data, source=source, path="DIR", task="NAME"),
+        pretrain=replace(cfg.pretrain, sequence_length=row, batch_size=rows),
+        rl=replace(cfg.rl, num_prompts=8, sampling=replace(cfg.rl.sampling, max_new_tokens=completion)),
+        evaluation=replace(cfg.evaluation, batch_size=64),
+    )
+
+
+CONFIGS = {
+    "arithmetic": CONFIG,
+    "gsm8k": _longer(CONFIG, "gsm8k", prompt=512, completion=256, row=768, rows=8),
+    "reasoning_gym": _longer(CONFIG, "reasoning_gym", prompt=384, completion=64, row=512, rows=8),
+}
+"""Defaults by `--data.source`."""
+
+
 def experiment(cfg: Config, session: Session) -> None:
     import jax
     import jax.numpy as jnp
 
     from moe_jax.analysis.flops import parameter_counts
-    from moe_jax.data.problem_text import ProblemText
-    from moe_jax.data.problems import load_problems
+    from moe_jax.data.problem_text import ProblemText, encode_prompt
+    from moe_jax.data.problems import Problem, load_problems
     from moe_jax.data.tokenizer import load_tokenizer
     from moe_jax.model.definition import Arrays, Definition
     from moe_jax.rl.environments import VerifiableEnvironment
@@ -119,7 +139,18 @@ def experiment(cfg: Config, session: Session) -> None:
 
     # Its evaluation, and that of what becomes of it.
     sampler = make_generator(definition, cfg.rl.sampling, tokenizer, cfg.evaluation.samples)
-    problems = source.test
+
+    def fits(problem: Problem) -> bool:
+        return len(encode_prompt(problem.prompt, tokenizer)) <= cfg.prompt_length
+
+    problems = [problem for problem in source.test if fits(problem)]
+    skipped = len(source.test) - len(problems)
+    if skipped:
+        print(
+            f"{skipped} of {len(source.test)} held-out problems have prompts over {cfg.prompt_length} tokens: skipped"
+        )
+    if not problems:
+        raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is this short; raise it")
 
     def held_out(name: str, params: Arrays, rest: Arrays) -> dict[str, Any]:
         file = f"evaluations/{name}.json"
@@ -155,7 +186,7 @@ def experiment(cfg: Config, session: Session) -> None:
         trained = trainer.train(
             session,
             phase,
-            VerifiableEnvironment(source, reward),
+            VerifiableEnvironment(source, reward, fits=fits),
             base.params,
             base.rest,
             seed=cfg.seed,
@@ -175,10 +206,10 @@ def experiment(cfg: Config, session: Session) -> None:
         results["control"] = held_out("control", longer.params, longer.rest)
         results["random_reward"] = reinforce("random_reward", replace(cfg.rl.reward, random=True))
 
-    report(cfg, run, results, parameter_counts(cfg.model))
+    report(cfg, run, results, parameter_counts(cfg.model), skipped)
 
 
-def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any) -> None:
+def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, skipped: int) -> None:
     """Writes summary.json and the plots, and prints the table."""
     from moe_jax.analysis.plots import plot_grpo
 
@@ -191,6 +222,7 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any) -> N
     summary |= {
         "seed": cfg.seed,
         "seconds": run.elapsed,
+        "held_out_problems_skipped": skipped,
         "parameters_total": parameters.total + parameters.mtp,
         "parameters_active": parameters.active,
         "completion_tokens_per_second": float(np.median([row["tokens_per_second"] for row in grpo])),
@@ -225,4 +257,4 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any) -> N
 
 
 if __name__ == "__main__":
-    main("grpo_math", CONFIG, experiment)
+    main("grpo_math", CONFIGS, experiment)

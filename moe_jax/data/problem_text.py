@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data import DataError
 from moe_jax.data.packing import packed_batches
 from moe_jax.data.problems import ProblemSource
 from moe_jax.data.tokenizer import Tokenizer
 
 _DOCUMENTS_AT_A_TIME = 256
+_TOO_MANY = 2048
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
@@ -27,7 +29,8 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
 class ProblemText:
     """Batches of packed documents [B, S] of a problem source; an iterator whose place is how many documents it used.
 
-    Only completions are predicted, not the prompts. Documents longer than a row are left out and counted in `skipped`.
+    Only completions are predicted, not the prompts. Documents longer than a row are left out and counted in `skipped`;
+    if no document of many is short enough, that is a DataError.
 
     Args:
         purpose: names the stream of documents; different purposes give different ones.
@@ -38,7 +41,9 @@ class ProblemText:
     ):
         self._source, self._tokenizer, self._purpose = source, tokenizer, purpose
         self._rows, self._length = batch_size, sequence_length
-        self.set_state({"documents": 0, "skipped": 0})
+        self.skipped = 0
+        """Documents left out in this session because they are longer than a row."""
+        self.set_state({"documents": 0})
 
     def __iter__(self) -> ProblemText:
         return self
@@ -48,27 +53,32 @@ class ProblemText:
         self._used += used
         return batch
 
-    @property
-    def skipped(self) -> int:
-        """Documents left out so far because they are longer than a row."""
-        return self._skipped
-
     def get_state(self) -> dict[str, int]:
-        return {"documents": self._used, "skipped": self._skipped}
+        return {"documents": self._used}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._used, self._skipped = int(state["documents"]), int(state["skipped"])
+        self._used = int(state["documents"])
         self._batches = packed_batches(self._documents(), self._length, self._rows, self._tokenizer.pad_id)
 
     def _documents(self) -> Iterator[tuple[list[int], list[int]]]:
         """(tokens, mask) of the documents from the current place on."""
         first, offset = divmod(self._used, _DOCUMENTS_AT_A_TIME)
+        in_a_row = 0
         for chunk in count(first):
             documents = self._source.documents(chunk, _DOCUMENTS_AT_A_TIME, self._purpose)
             for document in islice(documents, offset if chunk == first else 0, None):
                 prompt = encode_prompt(document.prompt, self._tokenizer)
-                completion = self._tokenizer.encode(document.completion)
+                completion = self._tokenizer.encode(document.completion.removesuffix("<eos>"))
+                completion.append(self._tokenizer.stop_ids[0])
+                in_a_row += 1
                 if len(prompt) + len(completion) > self._length:
-                    self._skipped += 1
+                    self.skipped += 1
+                    if in_a_row >= _TOO_MANY:
+                        raise DataError(
+                            f"the last {in_a_row} documents are longer than a row of {self._length} tokens: raise"
+                            " --pretrain.sequence-length"
+                        )
                     prompt, completion = [], []  # takes no room, and keeps the count of documents
+                else:
+                    in_a_row = 0
                 yield prompt + completion, [0] * len(prompt) + [1] * len(completion)

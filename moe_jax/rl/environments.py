@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from moe_jax.config import RewardConfig
+from moe_jax.data import DataError
 from moe_jax.data.problems import Problem, ProblemSource
 from moe_jax.rl.rewards import reward_parts, total_reward, worked
 
@@ -38,11 +40,32 @@ class VerifiableEnvironment:
     parts are still what they are.
     """
 
-    def __init__(self, source: ProblemSource, cfg: RewardConfig, purpose: str = "rl"):
-        self._source, self._cfg, self._purpose = source, cfg, purpose
+    def __init__(
+        self,
+        source: ProblemSource,
+        cfg: RewardConfig,
+        purpose: str = "rl",
+        fits: Callable[[Problem], bool] = lambda problem: True,
+    ):
+        """`fits` says whether a problem can be used, its prompt not being too long; others are drawn in its place."""
+        self._source, self._cfg, self._purpose, self._fits = source, cfg, purpose, fits
+        self.skipped = 0
+        """Problems that did not fit, so far."""
 
     def problems(self, step: int, count: int) -> list[Problem]:
-        return self._source.sample(step, count, self._purpose)
+        found: list[Problem] = []
+        for attempt in range(100):
+            purpose = f"{self._purpose}/{attempt}" if attempt else self._purpose
+            drawn = self._source.sample(step, count, purpose)
+            fitting = [problem for problem in drawn if self._fits(problem)]
+            self.skipped += len(drawn) - len(fitting)
+            found += fitting
+            if len(found) >= count:
+                return found[:count]
+        raise DataError(
+            f"of {100 * count} problems only {len(found)} have prompts short enough for the model: give prompts more"
+            " room (--prompt-length), or take easier problems"
+        )
 
     def score(self, problem: Problem, completion: str, finished: bool, rng: np.random.Generator) -> dict[str, float]:
         parts = reward_parts(problem, completion, finished, self._source.is_correct)

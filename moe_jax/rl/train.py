@@ -76,9 +76,6 @@ class PolicyTrainer:
         reference = jax.tree.map(jnp.copy, train.params) if cfg.loss.beta else {}
 
         def body(state: PolicyState, step: int) -> tuple[PolicyState, dict[str, Any]]:
-            refresh = cfg.reference_refresh_steps
-            if cfg.loss.beta and refresh and step and step % refresh == 0:
-                state = state._replace(reference=jax.tree.map(jnp.copy, state.params))
             state, metrics, rows = self.step(environment, state, phase, step, seed, session.mesh)
             session.run.write_rows(f"rollouts/{phase}/{step + 1:06d}.jsonl", rows)
             return state, metrics
@@ -99,7 +96,9 @@ class PolicyTrainer:
         self, environment: Environment, state: PolicyState, phase: str, step: int, seed: int, mesh: Any
     ) -> tuple[PolicyState, dict[str, Any], list[dict[str, Any]]]:
         """Samples, scores and updates once; returns the new state, the metrics and the samples as records."""
-        cfg, train = self.cfg, state.train
+        cfg, train, reference = self.cfg, state.train, state.reference
+        if reference and cfg.reference_refresh_steps and step and step % cfg.reference_refresh_steps == 0:
+            reference = jax.tree.map(jnp.copy, train.params)
         samples = rollout(
             environment,
             self.sample,
@@ -119,7 +118,7 @@ class PolicyTrainer:
         if not metrics["update_skipped"]:
             batch = samples.batch(cfg.mask_truncated_completions)
             if cfg.loss.beta:
-                logprobs = self.reference_logprobs(state.reference, train.rest, put_batch(batch, mesh))
+                logprobs = self.reference_logprobs(reference, train.rest, put_batch(batch, mesh))
                 batch["ref_logprobs_BN"] = np.asarray(logprobs)
             parts = []
             for minibatch in minibatches(batch, cfg, seed, step):
@@ -128,7 +127,7 @@ class PolicyTrainer:
             metrics |= _mean_over_updates(jax.device_get(parts))
         metrics["time/update"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["num_tokens"] / (metrics["time/generate"] + metrics["time/update"])
-        return PolicyState(*train, state.reference), metrics, samples.rows(step + 1)
+        return PolicyState(*train, reference), metrics, samples.rows(step + 1)
 
 
 def _mean_over_updates(parts: list[dict[str, Any]]) -> dict[str, Any]:

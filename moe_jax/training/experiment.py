@@ -24,14 +24,18 @@ class Session:
 
 
 def main(
-    name: str, default: Config, body: Callable[[Config, Session], None], arguments: list[str] | None = None
+    name: str,
+    default: Config | dict[str, Config],
+    body: Callable[[Config, Session], None],
+    arguments: list[str] | None = None,
 ) -> None:
     """Runs an experiment: parses the command line, opens the run folder, and calls `body(config, session)`.
 
     `default` is the experiment's configuration, a frozen dataclass with `seed`, `run_dir`, `preset`, `model`, `mesh`;
-    every field is a flag. `--preset` replaces the model before the other flags change it. An empty `run_dir` becomes
-    `runs/<name>-seed<seed>`. What a user can mend ends in one line on standard error
-    and exit code 2; a signal in 130 or 143, everything saved.
+    every field is a flag. It may be several, by what follows `--data.source`, the first being that of the bare command.
+    `--preset` replaces the model before the other flags change it. An empty `run_dir` becomes
+    `runs/<name>-seed<seed>`. What a user can mend ends in one line on standard error and exit code 2; a signal in 130
+    or 143, everything saved.
     """
     # Not at the top: `--help` and a typo should not wait for jax.
     import tyro
@@ -41,6 +45,8 @@ def main(
 
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if isinstance(default, dict):
+        default = default.get(_value_of("--data.source", arguments), next(iter(default.values())))
     description = sys.modules[type(default).__module__].__doc__
     try:
         if preset := _value_of("--preset", arguments):
