@@ -76,12 +76,11 @@ class Config:
 CONFIG = Config()
 
 
-def _longer(cfg: Config, source: str, prompt: int, completion: int, row: int, rows: int) -> Config:
+def _longer(cfg: Config, prompt: int, completion: int, row: int, rows: int) -> Config:
     """The same experiment with room for longer texts."""
     return replace(
         cfg,
         prompt_length=prompt,
-        data=replace(cfg.data, source=source, path="DIR", task="NAME"),
         pretrain=replace(cfg.pretrain, sequence_length=row, batch_size=rows),
         rl=replace(cfg.rl, num_prompts=8, sampling=replace(cfg.rl.sampling, max_new_tokens=completion)),
         evaluation=replace(cfg.evaluation, batch_size=64),
@@ -90,8 +89,8 @@ def _longer(cfg: Config, source: str, prompt: int, completion: int, row: int, ro
 
 CONFIGS = {
     "arithmetic": CONFIG,
-    "gsm8k": _longer(CONFIG, "gsm8k", prompt=512, completion=256, row=768, rows=8),
-    "reasoning_gym": _longer(CONFIG, "reasoning_gym", prompt=384, completion=64, row=512, rows=8),
+    "gsm8k": _longer(CONFIG, prompt=512, completion=256, row=768, rows=8),
+    "reasoning_gym": _longer(CONFIG, prompt=384, completion=64, row=512, rows=8),
 }
 """Defaults by `--data.source`."""
 
@@ -146,9 +145,7 @@ def experiment(cfg: Config, session: Session) -> None:
     problems = [problem for problem in source.test if fits(problem)]
     skipped = len(source.test) - len(problems)
     if skipped:
-        print(
-            f"{skipped} of {len(source.test)} held-out problems have prompts over {cfg.prompt_length} tokens: skipped"
-        )
+        print(f"skipped {skipped} of {len(source.test)} held-out problems: prompts over {cfg.prompt_length} tokens")
     if not problems:
         raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is this short; raise it")
 

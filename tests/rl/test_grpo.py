@@ -174,7 +174,7 @@ def test_truncated_completions_can_be_left_out(policy):
 
 def test_the_reference_is_replaced_every_so_many_steps():
     cfg = replace(RL, num_minibatches=1, reference_refresh_steps=2)
-    state, steps = run_steps(trainer(cfg), 4, Evens(), MeshConfig(data=1))
+    _, steps = run_steps(trainer(cfg), 4, Evens(), MeshConfig(data=1))
     kl = [step.metrics["kl"] for step in steps]
     assert abs(kl[0]) < 1e-6 and abs(kl[2]) < 1e-6  # the policy is its own reference
     assert kl[1] > 1e-6 and kl[3] > 1e-6
