@@ -45,12 +45,12 @@ class Config:
     controls: bool = True
     """Run the two controls."""
     model: ModelConfig = field(default_factory=tiny_moe)
-    data: ProblemConfig = ProblemConfig()
+    data: ProblemConfig = ProblemConfig(test_problems=1024)
     pretrain: TrainConfig = TrainConfig(
-        steps=400,
+        steps=450,
         batch_size=64,
         sequence_length=64,
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.1),
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-2, warmup_steps=30, final_fraction=0.1),
     )
     rl: RLConfig = RLConfig(
         steps=40,

@@ -51,6 +51,7 @@ def tiny_moe() -> ModelConfig:
         ),
         mtp=MTPConfig(depth=1),
         max_position=1024,
+        initializer_range=0.06,
     )
 
 

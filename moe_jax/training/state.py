@@ -105,7 +105,7 @@ def make_update(
     function is jitted; the batch's arrays have B first, divisible by `accumulation_steps`.
 
     Metrics are means over what each counts, with `grad_norm` (before clipping), `moe/max_violation` (mean over layers)
-    and `moe/expert_load` ([L, E], 1 is balanced).
+    and `moe/expert_load` ([L, E], 1 is balanced), for the modules of multi-token prediction `mtp/…`.
     """
 
     def gradients(params: Arrays, rest: Arrays, batch: Batch) -> tuple[Arrays, LossOutput]:
@@ -140,10 +140,10 @@ def make_update(
                 rest[name] = updated_bias(rest[name], output.counts[name], bias_update_rate)
         metrics = {name: value.mean() for name, value in output.metrics.items()}
         metrics |= output.maxima | {"loss": output.loss, "grad_norm": optax.tree.norm(gradient)}
-        if output.counts:
-            counts_LE = jnp.concatenate(list(output.counts.values()))
-            metrics["moe/max_violation"] = jnp.mean(max_violation(counts_LE))
-            metrics["moe/expert_load"] = counts_LE / jnp.maximum(jnp.mean(counts_LE, axis=1, keepdims=True), 1)
+        for name, counts_LE in output.counts.items():
+            room = "mtp" if name.startswith("mtp") else "moe"
+            metrics[f"{room}/max_violation"] = jnp.mean(max_violation(counts_LE))
+            metrics[f"{room}/expert_load"] = counts_LE / jnp.maximum(jnp.mean(counts_LE, axis=1, keepdims=True), 1)
         return TrainState(state.step + 1, params, rest, opt_state), metrics
 
     return jax.jit(update, donate_argnums=0)
