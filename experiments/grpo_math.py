@@ -21,8 +21,8 @@ from moe_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    PolicyLossConfig,
     ProblemConfig,
-    RewardConfig,
     RLConfig,
     SamplingConfig,
     TrainConfig,
@@ -57,13 +57,19 @@ class Config:
         num_prompts=32,
         group_size=8,
         sampling=SamplingConfig(max_new_tokens=48),
+        loss=PolicyLossConfig(beta=1e-3),
         optimizer=OptimizerConfig(learning_rate=3e-4, beta2=0.98, warmup_steps=3, final_fraction=0.05),
     )
     evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every=20)
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        if self.pretrain.sequence_length > self.model.max_position:
+            raise ConfigError(
+                f"Config.pretrain.sequence_length = {self.pretrain.sequence_length}: must not exceed"
+                f" model.max_position = {self.model.max_position}"
+            )
         room = self.prompt_length + self.rl.sampling.max_new_tokens
         if room > self.model.max_position:
             raise ConfigError(
@@ -110,7 +116,7 @@ def experiment(cfg: Config, session: Session) -> None:
     from moe_jax.rl.train import PolicyTrainer
     from moe_jax.rng import random_key
     from moe_jax.training.optimizer import make_optimizer
-    from moe_jax.training.run import Progress
+    from moe_jax.training.run import Progress, RunError
     from moe_jax.training.state import init_state, make_update
     from moe_jax.training.supervised import make_loss, make_totals, train_supervised
 
@@ -119,6 +125,22 @@ def experiment(cfg: Config, session: Session) -> None:
     tokenizer.check_fits(cfg.model.vocab_size)
     source = load_problems(cfg.data, cfg.seed)
     definition = Definition.of(cfg.model)
+
+    # What there is to learn; whatever is wrong with it shows before an hour of training.
+    def fits(problem: Problem) -> bool:
+        return len(encode_prompt(problem.prompt, tokenizer)) <= cfg.prompt_length
+
+    problems = [problem for problem in source.test if fits(problem)]
+    skipped = len(source.test) - len(problems)
+    if skipped:
+        print(f"skipped {skipped} of {len(source.test)} held-out problems: prompts over {cfg.prompt_length} tokens")
+    if not problems:
+        raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is this short; raise it")
+    environments = {
+        "grpo": VerifiableEnvironment(source, cfg.rl.reward, fits=fits),
+        "random_reward": VerifiableEnvironment(source, replace(cfg.rl.reward, random=True), fits=fits),
+    }
+    environments["grpo"].problems(0, cfg.rl.num_prompts)
 
     # The base model.
     optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, definition)
@@ -138,16 +160,6 @@ def experiment(cfg: Config, session: Session) -> None:
 
     # Its evaluation, and that of what becomes of it.
     sampler = make_generator(definition, cfg.rl.sampling, tokenizer, cfg.evaluation.samples)
-
-    def fits(problem: Problem) -> bool:
-        return len(encode_prompt(problem.prompt, tokenizer)) <= cfg.prompt_length
-
-    problems = [problem for problem in source.test if fits(problem)]
-    skipped = len(source.test) - len(problems)
-    if skipped:
-        print(f"skipped {skipped} of {len(source.test)} held-out problems: prompts over {cfg.prompt_length} tokens")
-    if not problems:
-        raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is this short; raise it")
 
     def held_out(name: str, params: Arrays, rest: Arrays) -> dict[str, Any]:
         file = f"evaluations/{name}.json"
@@ -172,6 +184,7 @@ def experiment(cfg: Config, session: Session) -> None:
                 between=between,
             )
         run.write_json(file, result)
+        run.log(f"evaluate_{name}", 0, {"pass_at_1": result["pass_at_1"]["mean"], "worked": result["worked"]})
         return result
 
     results = {"before": held_out("before", base.params, base.rest)}
@@ -179,11 +192,11 @@ def experiment(cfg: Config, session: Session) -> None:
     # Reinforcement, and the two controls.
     trainer = PolicyTrainer(definition, cfg.rl, tokenizer, cfg.prompt_length)
 
-    def reinforce(phase: str, reward: RewardConfig) -> dict[str, Any]:
+    def reinforce(phase: str) -> dict[str, Any]:
         trained = trainer.train(
             session,
             phase,
-            VerifiableEnvironment(source, reward, fits=fits),
+            environments[phase],
             base.params,
             base.rest,
             seed=cfg.seed,
@@ -191,17 +204,22 @@ def experiment(cfg: Config, session: Session) -> None:
         )
         return held_out(phase, trained.params, trained.rest)
 
-    results["after"] = reinforce("grpo", cfg.rl.reward)
+    results["after"] = reinforce("grpo")
     if cfg.controls:
         supervised = text("control")
-        completion_tokens = sum(row["num_tokens"] for row in run.metrics("grpo"))
+        rows = run.metrics("grpo")
+        if len(rows) != cfg.rl.steps:
+            raise RunError(
+                f"{run.dir}/metrics.jsonl has {len(rows)} of the {cfg.rl.steps} steps of grpo: bring it back"
+            )
+        completion_tokens = sum(row["num_tokens"] for row in rows)
         tokens_a_batch = float(np.sum(next(text("control"))["loss_mask_BS"]))
         steps = max(round(completion_tokens / tokens_a_batch), 1)
         longer = train_supervised(
             session, "control", update, jax.tree.map(jnp.copy, base), supervised, steps, cfg.checkpoint
         )
         results["control"] = held_out("control", longer.params, longer.rest)
-        results["random_reward"] = reinforce("random_reward", replace(cfg.rl.reward, random=True))
+        results["random_reward"] = reinforce("random_reward")
 
     report(cfg, run, results, parameter_counts(cfg.model), skipped)
 
@@ -218,13 +236,13 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, skip
         summary |= {f"{figure}_{name}": result[figure] for name, result in results.items()}
     summary |= {
         "seed": cfg.seed,
-        "seconds": run.elapsed,
+        "seconds": run.metrics()[-1]["elapsed"],
         "held_out_problems_skipped": skipped,
         "parameters_total": parameters.total + parameters.mtp,
         "parameters_active": parameters.active,
         "completion_tokens_per_second": float(np.median([row["tokens_per_second"] for row in grpo])),
         "sampling_logp_difference_max": max(
-            (row["sampling/sampling_logp_difference/max"] for row in grpo if not row["update_skipped"]), default=0.0
+            (row["sampling/sampling_logp_difference/max"] for row in grpo if not row["update_skipped"]), default=None
         ),
     }
     run.write_json("summary.json", summary)

@@ -94,28 +94,34 @@ def experiment(cfg: Config, session: Session) -> None:
         placed = (put_batch(batch, session.mesh) for batch in batches)
         return bits_per_byte(state.params, state.rest, placed, between=session.guard.check)
 
+    def log_validation(state: TrainState, step: int) -> dict[str, float]:
+        validation = validate(state)
+        if step not in {row["step"] for row in run.metrics("validation")}:  # a resumed run may come by again
+            run.log("validation", step, validation)
+        return validation
+
     def body(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         # Before the update, which donates the state: a signal during validation then finds it whole.
-        validation = validate(state) if step and step % cfg.validation_every == 0 else {}
-        state, metrics = update(state, put_batch(next(data), session.mesh))
-        return state, metrics | {f"validation/{name}": value for name, value in validation.items()}
+        if step and step % cfg.validation_every == 0:
+            log_validation(state, step)
+        return update(state, put_batch(next(data), session.mesh))
 
     state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), session.mesh)
     state = run_phase(run, session.guard, "pretrain", train.steps, state, body, checkpoint=cfg.checkpoint, data=data)
-    report(cfg, run, validate(state), parameter_counts(cfg.model))
+    report(cfg, run, log_validation(state, train.steps), parameter_counts(cfg.model))
 
 
 def report(cfg: Config, run: Any, validation: dict[str, float], parameters: Any) -> None:
     """Writes summary.json and the plot, and prints both in a line."""
     from moe_jax.analysis.plots import Panel, plot_curves, series
 
-    rows = run.metrics("pretrain")
+    rows = run.metrics()
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.train.sequence_length
     summary = {
         "validation_bits_per_byte": validation["bits_per_byte"],
         "validation_loss": validation["loss"],
         "tokens": tokens,
-        "seconds": run.elapsed,
+        "seconds": rows[-1]["elapsed"],
         "parameters_total": parameters.total + parameters.mtp,
         "parameters_active": parameters.active,
         "seed": cfg.seed,
@@ -123,7 +129,7 @@ def report(cfg: Config, run: Any, validation: dict[str, float], parameters: Any)
     run.write_json("summary.json", summary)
     panels = [
         Panel("training loss (nats per token)", series(rows, "loss_main", "pretrain")),
-        Panel("validation (bits per byte)", series(rows, "validation/bits_per_byte", "pretrain")),
+        Panel("validation (bits per byte)", series(rows, "bits_per_byte", "validation")),
         Panel("MaxVio (0 is balanced)", series(rows, "moe/max_violation", "pretrain")),
     ]
     plot: Path = run.path("plots", "loss.png")

@@ -77,8 +77,22 @@ class RoPEConfig:
     def __post_init__(self) -> None:
         _require_literals(self)
         _require_positive(self, "theta", "factor", "original_max_position")
-        if self.scaling != "none":
+        if self.scaling == "none":
+            _require(self.factor == 1, self, "factor", "has no effect with scaling = 'none'; choose 'yarn' or 'llama3'")
+        else:
             _require(self.factor > 1, self, "factor", f"must exceed 1 with scaling = {self.scaling!r}")
+        if self.scaling == "yarn":
+            _require_positive(self, "beta_slow")
+            _require(
+                self.beta_fast >= self.beta_slow, self, "beta_fast", f"must not be below beta_slow = {self.beta_slow}"
+            )
+        if self.scaling == "llama3":
+            _require(
+                self.high_freq_factor > self.low_freq_factor,
+                self,
+                "high_freq_factor",
+                f"must exceed low_freq_factor = {self.low_freq_factor}",
+            )
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,8 @@ class AttentionConfig:
         else:
             _require_positive(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             _require_not_negative(self, "q_lora_rank")
+            _require(self.qk_norm == "none", self, "qk_norm", "is for kind = 'gqa'; MLA has norms on its latents")
+            _require(not self.qkv_bias, self, "qkv_bias", "is for kind = 'gqa'")
             _require(
                 self.qk_rope_head_dim % 2 == 0,
                 self,
@@ -186,6 +202,7 @@ class MoEConfig:
             "num_experts_per_token",
             f"must not exceed the {reachable} experts of {self.num_groups_per_token} groups",
         )
+        _require_positive(self, "routed_scaling_factor")
         if self.num_groups > 1 and self.group_score == "top2_sum":
             _require(
                 self.num_experts // self.num_groups >= 2,
@@ -233,7 +250,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the products; norms, router, softmax and losses stay in float32, and so do stored weights."""
     remat: Literal["none", "block", "dots"] = "none"
-    """What the backward pass computes anew: nothing, all of a block, or all but the matrix products."""
+    """What the backward pass computes anew: nothing, all of a block, or all but the products with plain weights."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
@@ -241,12 +258,20 @@ class ModelConfig:
             self, "vocab_size", "hidden_size", "num_layers", "max_position", "rms_norm_eps", "initializer_range"
         )
         _require_not_negative(self, "first_k_dense")
+        if self.moe.num_experts:
+            _require(
+                self.first_k_dense < self.num_layers,
+                self,
+                "first_k_dense",
+                f"must be less than num_layers = {self.num_layers}, or no layer is sparse; for a dense model set"
+                " moe.num_experts to 0",
+            )
         if self.num_dense_layers:
             _require_positive(self, "intermediate_size")
 
     @property
     def num_dense_layers(self) -> int:
-        return min(self.first_k_dense, self.num_layers) if self.moe.num_experts else self.num_layers
+        return self.first_k_dense if self.moe.num_experts else self.num_layers
 
     @property
     def num_moe_layers(self) -> int:
@@ -279,7 +304,7 @@ class OptimizerConfig:
     """AdamW or Muon under a schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """Muon (momentum orthogonalised by Newton-Schulz) for matrices, with AdamW for the rest."""
+    """Muon (momentum of 0.95, orthogonalised by Newton-Schulz) for matrices, with AdamW for the rest."""
     learning_rate: float = 3e-4
     """Peak."""
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
@@ -302,6 +327,8 @@ class OptimizerConfig:
         _require_positive(self, "learning_rate", "eps")
         _require_not_negative(self, "warmup_steps", "weight_decay", "max_grad_norm")
         _require_fraction(self, "final_fraction", "decay_fraction", "beta1", "beta2")
+        _require(self.beta1 < 1, self, "beta1", "must be less than 1")
+        _require(self.beta2 < 1, self, "beta2", "must be less than 1")
 
 
 @dataclass(frozen=True)
@@ -393,7 +420,7 @@ class ProblemConfig:
     bare_fraction: float = 1 / 6
     """Share of the guesses that leave the <think> tags out."""
     test_problems: int = 2048
-    """Held-out problems, in nothing that is trained on."""
+    """Held-out problems, in nothing that is trained on; of gsm8k always all of test.jsonl."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
@@ -411,6 +438,9 @@ class ProblemConfig:
                 f"must not exceed {available}, half of the problems with {self.min_terms} to {self.max_terms} terms"
                 f" up to {self.max_term}",
             )
+        if self.source == "arithmetic":
+            _require(not self.path, self, "path", "is for --data.source gsm8k; arithmetic is generated")
+            _require(not self.task, self, "task", "is for --data.source reasoning_gym; arithmetic is generated")
         if self.source == "gsm8k":
             _require(bool(self.path), self, "path", "name the folder that holds train.jsonl and test.jsonl")
         if self.source == "reasoning_gym":
@@ -489,6 +519,10 @@ class RLConfig:
         _require_positive(self, "steps", "num_prompts", "num_iterations", "num_minibatches", "accumulation_steps")
         _require(self.group_size >= 2, self, "group_size", "must be at least 2, an advantage compares samples")
         _require_not_negative(self, "reference_refresh_steps")
+        if self.reference_refresh_steps:
+            _require(
+                self.loss.beta > 0, self, "reference_refresh_steps", "has no effect with loss.beta = 0: no reference"
+            )
         _require_fraction(self, "min_active_groups")
         divisor = self.num_minibatches * self.accumulation_steps
         _require(

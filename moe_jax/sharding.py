@@ -1,12 +1,14 @@
 """The mesh, and the one table from logical axis names to mesh axes.
 
-Each weight names its logical axes where it is created (`layers.Weight`), activations are constrained at block
-boundaries, and XLA's partitioner does the rest: the same program on 1 device and on N gives the same numbers.
+Each weight names its logical axes where it is created (`layers.Initializer.weight`), activations are constrained at
+block boundaries, and XLA's partitioner does the rest: the same program on 1 device and on N gives the same numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,13 +47,18 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if -1 in sizes.values():
         free = next(name for name, size in sizes.items() if size == -1)
         if len(devices) % known:
-            raise ConfigError(f"MeshConfig: {sizes}: {known} does not divide the {len(devices)} devices")
+            raise ConfigError(
+                f"MeshConfig.{free} = -1: the other axes, {sizes}, take {known} devices each, which does not divide the"
+                f" {len(devices)} there are; choose sizes whose product does"
+            )
         sizes[free] = len(devices) // known
     needed = int(np.prod(list(sizes.values())))
     if needed > len(devices):
-        raise ConfigError(f"MeshConfig: {sizes} needs {needed} devices, there are {len(devices)}")
+        raise ConfigError(
+            f"MeshConfig: {sizes} needs {needed} devices, there are {len(devices)}; lower an axis, or set one to -1"
+        )
     shape = tuple(sizes.values())
-    return Mesh(np.asarray(devices[:needed]).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * len(shape), devices=devices[:needed])
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
@@ -69,20 +76,41 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) 
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's rows of a batch on the mesh; rows that do not divide over it are replicated."""
+    """Places this process's rows of a batch on the mesh; rows that do not divide over it are replicated and warned of.
+
+    Raises:
+        ConfigError: they do not divide and there are several processes, whose rows differ.
+    """
 
     def put(x: np.ndarray) -> jax.Array:
         rows = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        if batch_shards(rows[0], mesh) == 1:
+            _warn_of_replication(rows[0], mesh)
         sharding = NamedSharding(mesh, partition_spec(("batch",) + (None,) * (x.ndim - 1), rows, mesh))
         return jax.make_array_from_process_local_data(sharding, x)
 
     return {name: put(x) for name, x in batch.items()}
 
 
-def batch_shards(rows: int) -> int:
-    """Over how many devices `rows` of a batch lie, under the mesh that `jax.set_mesh` put in place."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in RULES["batch"] or ()]))
+@functools.cache
+def _warn_of_replication(rows: int, mesh: Mesh) -> None:
+    wanted = _batch_devices(mesh)
+    if wanted == 1:
+        return
+    message = f"{rows} rows of a batch do not divide over the {wanted} devices of the axes {RULES['batch']}"
+    if jax.process_count() > 1:
+        raise ConfigError(f"{message}: choose a batch size that is a multiple")
+    logging.getLogger(__name__).warning("%s: every device works on all of them.", message)
+
+
+def _batch_devices(mesh: Any) -> int:
+    return int(np.prod([mesh.shape[name] for name in RULES["batch"] or ()]))
+
+
+def batch_shards(rows: int, mesh: Any = None) -> int:
+    """Over how many devices `rows` of a batch lie, on `mesh` or on the one that `jax.set_mesh` put in place."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    shards = 1 if mesh.empty else _batch_devices(mesh)
     return shards if rows % shards == 0 else 1
 
 

@@ -39,6 +39,8 @@ class ProblemText:
     def __init__(
         self, source: ProblemSource, tokenizer: Tokenizer, batch_size: int, sequence_length: int, purpose: str
     ):
+        if not tokenizer.stop_ids:
+            raise DataError("the tokenizer names no end-of-text token: add eos_token to its tokenizer_config.json")
         self._source, self._tokenizer, self._purpose = source, tokenizer, purpose
         self._rows, self._length = batch_size, sequence_length
         self.skipped = 0

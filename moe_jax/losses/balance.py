@@ -13,7 +13,7 @@ from moe_jax.losses import SumCount
 
 
 def sequence_balance_loss(
-    unbiased_counts_BE: Array, affinity_BE: Array, tokens_B: Array, num_experts_per_token: int
+    chosen_counts_BE: Array, affinity_BE: Array, tokens_B: Array, num_experts_per_token: int
 ) -> SumCount:
     """The sequence-wise balance loss, before its coefficient α (DeepSeek-V3 eq. 17-20).
 
@@ -27,7 +27,8 @@ def sequence_balance_loss(
     which flows through P. Perfect balance gives 1.
 
     Args:
-        unbiased_counts_BE: Σ_t of f's indicator over a sequence's valid tokens (`RouterStats`); any leading axes.
+        chosen_counts_BE: Σ_t of f's indicator over a sequence's valid tokens (`RouterStats.unbiased_counts_BE`; for
+            DeepSeek-V2's expert-level loss `counts_BE`, those that were chosen); any leading axes.
         affinity_BE: Σ_t of the normalised scores.
         tokens_B: T.
         num_experts_per_token: K.
@@ -36,8 +37,8 @@ def sequence_balance_loss(
         Sum over leading axes (layers) and sequences, and how many of those hold at least one token.
     """
     divisor_B = jnp.maximum(tokens_B, 1)[..., None]
-    num_experts = unbiased_counts_BE.shape[-1]
-    f_BE = jax.lax.stop_gradient(unbiased_counts_BE) * num_experts / (num_experts_per_token * divisor_B)
+    num_experts = chosen_counts_BE.shape[-1]
+    f_BE = jax.lax.stop_gradient(chosen_counts_BE) * num_experts / (num_experts_per_token * divisor_B)
     p_BE = affinity_BE / divisor_B
     return SumCount(jnp.sum(f_BE * p_BE), jnp.sum(tokens_B > 0, dtype=jnp.float32))
 

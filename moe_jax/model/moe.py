@@ -50,7 +50,7 @@ class MoE(nnx.Module):
             routed = self.router(x_TD)
         with jax.named_scope("experts"):
             y_TKD = dispatch(x_TD, routed.experts_TK, self.cfg.num_experts, self.experts)
-            y_TD = jnp.einsum("TKD,TK->TD", y_TKD, routed.weights_TK.astype(y_TKD.dtype))
+            y_TD = jnp.einsum("TKD,TK->TD", y_TKD, routed.weights_TK).astype(x_BSD.dtype)  # in the weights' float32
         y_BSD = y_TD.reshape(B, S, D)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

@@ -5,7 +5,7 @@ B batch, S sequence, D model, N modules (depth).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
+from moe_jax.model.block import Block, Context
 from moe_jax.model.layers import Initializer, RMSNorm, rematerialised
 from moe_jax.model.router import RouterStats
-
-if TYPE_CHECKING:
-    from moe_jax.model.transformer import Block, Context
 
 
 class MTPOutput(NamedTuple):

@@ -115,7 +115,7 @@ class Router(nnx.Module):
             self.bias = RouterBias(jnp.zeros((cfg.moe.num_experts,), jnp.float32))
 
     def __call__(self, x_TD: Array) -> RouterOutput:
-        logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.float32), self.gate_DE[...])
+        logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.float32), self.gate_DE[...], precision="highest")
         scores_TE = jax.nn.sigmoid(logits_TE) if self.cfg.score == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
         return route(scores_TE, self.bias[...] if self.cfg.selection_bias else None, self.cfg)
 

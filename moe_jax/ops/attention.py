@@ -25,7 +25,7 @@ def attention(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, mask_BST: Array, scal
     K = k_BTKD.shape[2]
     q_BKRD = q_BSHD.reshape(B, S, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
     k_BKTD, v_BKTE = k_BTKD.transpose(0, 2, 1, 3), v_BTKE.transpose(0, 2, 1, 3)
-    score_BKRT = jnp.einsum("BKRD,BKTD->BKRT", q_BKRD * scale, k_BKTD, preferred_element_type=jnp.float32)
+    score_BKRT = jnp.einsum("BKRD,BKTD->BKRT", q_BKRD, k_BKTD, preferred_element_type=jnp.float32) * scale
     penalty_BST = jnp.where(mask_BST, 0.0, -1e30)
     score_BKRT += jnp.tile(penalty_BST, (1, H // K, 1))[:, None]
     largest_BKR1 = jax.lax.stop_gradient(jnp.max(score_BKRT, axis=-1, keepdims=True))

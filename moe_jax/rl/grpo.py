@@ -88,6 +88,9 @@ def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
         metrics = policy.metrics | {
             "entropy": masked_sum(result.entropy, mask_BN),
             "sampling/sampling_logp_difference/mean": masked_sum(difference_BN, mask_BN),
+            "sampling/importance_sampling_ratio/mean": masked_sum(
+                jnp.exp(jnp.where(mask_BN, result.logprobs - batch["old_logprobs_BN"], 0.0)), mask_BN
+            ),
         }
         largest = jnp.max(jnp.where(mask_BN, difference_BN, 0.0))
         maxima = {"sampling/sampling_logp_difference/max": jax.lax.stop_gradient(largest)}

@@ -6,6 +6,7 @@ P prompts, G samples per prompt, B rows (P·G), N tokens of a completion.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,9 @@ class PolicyTrainer:
         reference = jax.tree.map(jnp.copy, train.params) if cfg.loss.beta else {}
 
         def body(state: PolicyState, step: int) -> tuple[PolicyState, dict[str, Any]]:
-            state, metrics, rows = self.step(environment, state, phase, step, seed, session.mesh)
+            state, metrics, rows = self.step(
+                environment, state, phase, step, seed, session.mesh, between=session.guard.check
+            )
             session.run.write_rows(f"rollouts/{phase}/{step + 1:06d}.jsonl", rows)
             return state, metrics
 
@@ -93,9 +96,19 @@ class PolicyTrainer:
         return state.train
 
     def step(
-        self, environment: Environment, state: PolicyState, phase: str, step: int, seed: int, mesh: Any
+        self,
+        environment: Environment,
+        state: PolicyState,
+        phase: str,
+        step: int,
+        seed: int,
+        mesh: Any,
+        between: Callable[[], None] = lambda: None,
     ) -> tuple[PolicyState, dict[str, Any], list[dict[str, Any]]]:
-        """Samples, scores and updates once; returns the new state, the metrics and the samples as records."""
+        """Samples, scores and updates once; returns the new state, the metrics and the samples as records.
+
+        `between` is called before the first update, which donates the state.
+        """
         cfg, train, reference = self.cfg, state.train, state.reference
         if reference and cfg.reference_refresh_steps and step and step % cfg.reference_refresh_steps == 0:
             reference = jax.tree.map(jnp.copy, train.params)
@@ -111,6 +124,7 @@ class PolicyTrainer:
             seed=seed,
             key=random_key(seed, f"rollout/{phase}", step),
         )
+        between()
         started = time.perf_counter()
         metrics = dict(samples.metrics)
         active = 1 - metrics["frac_reward_zero_std"]
@@ -126,11 +140,13 @@ class PolicyTrainer:
                 parts.append(part)
             metrics |= _mean_over_updates(jax.device_get(parts))
         metrics["time/update"] = time.perf_counter() - started
-        metrics["tokens_per_second"] = metrics["num_tokens"] / (metrics["time/generate"] + metrics["time/update"])
+        metrics["tokens_per_second"] = metrics["num_tokens"] / sum(
+            metrics[f"time/{part}"] for part in ("generate", "score", "update")
+        )
         return PolicyState(*train, reference), metrics, samples.rows(step + 1)
 
 
 def _mean_over_updates(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over a step's updates, except what compares sampler and trainer: that means the first update alone."""
+    """Each metric's mean over a step's updates; what compares sampler and trainer is of the first update alone."""
     means = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
     return means | {name: value for name, value in parts[0].items() if name.startswith("sampling/")}

@@ -6,7 +6,13 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from moe_jax.training.run import Run
+    from moe_jax.training.signals import StopGuard
 
 Config = TypeVar("Config")
 
@@ -15,12 +21,10 @@ Config = TypeVar("Config")
 class Session:
     """One process's part in a run."""
 
-    run: Any
-    """`training.run.Run`"""
-    guard: Any
-    """`training.signals.StopGuard`"""
-    mesh: Any
-    """`jax.sharding.Mesh`, set for the session"""
+    run: Run
+    guard: StopGuard
+    mesh: Mesh
+    """Set for the session (`jax.set_mesh`)."""
 
 
 def main(
@@ -66,6 +70,8 @@ def main(
     from moe_jax.training.signals import StopGuard, Stopped, farewell
 
     values = to_dict(config)
+    if values["seed"] < 0:
+        sys.exit(_fail(ConfigError(f"seed = {values['seed']}: must be 0 or greater")))
     run_dir = values.pop("run_dir") or f"runs/{name}-seed{values['seed']}"
     try:
         with StopGuard() as guard, Run.open(run_dir, name, values) as run:
@@ -76,10 +82,10 @@ def main(
             except (ConfigError, DataError):
                 run.discard()
                 raise
-    except (ConfigError, DataError, RunError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, DataError, RunError, CheckpointError, NonFiniteError, OSError) as error:
         sys.exit(_fail(error))
     except Stopped as stop:
-        print(farewell(stop.signum, f"the last step of {run_dir}"), file=sys.stderr)
+        print(farewell(stop.signum, stop.where), file=sys.stderr)
         sys.exit(stop.exit_code)
 
 

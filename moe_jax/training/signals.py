@@ -30,6 +30,8 @@ class Stopped(BaseException):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.where: str | None = None
+        """What is saved, for `farewell`; set by the loop that saved it."""
 
     @property
     def exit_code(self) -> int:

@@ -80,9 +80,9 @@ def make_loss(definition: Definition, banned_ids: tuple[int, ...] = ()) -> Loss:
         for name, stats in routers.items():
             if stats is None:
                 continue
-            balance = sequence_balance_loss(
-                stats.unbiased_counts_BE, stats.affinity_BE, stats.tokens_B, cfg.moe.num_experts_per_token
-            )
+            # V3 counts the experts that the scores alone would choose, V2 (no bias) those that were chosen.
+            counts_BE = stats.unbiased_counts_BE if cfg.moe.selection_bias else stats.counts_BE
+            balance = sequence_balance_loss(counts_BE, stats.affinity_BE, stats.tokens_B, cfg.moe.num_experts_per_token)
             metrics[f"loss_balance/{name}"] = balance
             total += cfg.moe.sequence_balance_coef * balance.sum / totals.sequences
             counts[f"{name}.ffn.router.bias"] = jnp.sum(stats.counts_BE, axis=1)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SMALL = """
     --mesh.data 1 --data.min-terms 2 --data.max-terms 3 --data.test-problems 16 --prompt-length 8
-    --pretrain.steps 6 --pretrain.batch-size 8 --pretrain.sequence-length 48 --pretrain.optimizer.name adamw
+    --pretrain.steps 6 --pretrain.batch-size 8 --pretrain.sequence-length 48
     --rl.steps 4 --rl.num-prompts 4 --rl.group-size 4 --rl.sampling.max-new-tokens 12 --rl.loss.beta 0.01
     --rl.num-iterations 2 --rl.num-minibatches 2 --rl.min-active-groups 0 --rl.reward.random
     --evaluation.batch-size 16 --evaluation.samples 4 --checkpoint.every 2
@@ -67,9 +67,12 @@ def test_the_run_folder_has_everything(whole):
         assert figure["problems"] == 16 and 0 <= figure["low"] <= figure["mean"] <= figure["high"] <= 1
     assert summary["seconds"] > 0 and summary["parameters_total"] > summary["parameters_active"] > 0
     assert 0 < summary["sampling_logp_difference_max"] < 1e-4
-    assert {row["phase"] for row in read_metrics(run_dir)} == {"base", "grpo", "control", "random_reward"}
+    phases = {row["phase"] for row in read_metrics(run_dir)}
+    assert {"base", "grpo", "control", "random_reward", "evaluate_before", "evaluate_grpo"} <= phases
     assert list((run_dir / "tensorboard").rglob("events*"))
-    assert (run_dir / "plots" / "reward.png").stat().st_size > 1000
+    for plot in ("reward", "accuracy", "response_length", "entropy", "kl", "expert_load"):
+        assert (run_dir / "plots" / f"{plot}.png").stat().st_size > 1000
+    assert summary["cons_at_4_after"]["problems"] == 16
     rows = [json.loads(line) for line in (run_dir / "rollouts/grpo/000003.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert {"prompt", "completion", "accuracy", "format", "reward", "advantage", "step"} <= rows[0].keys()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ProblemConfig, RewardConfig
+from moe_jax.data import DataError
 from moe_jax.data.problems import load_problems
 from moe_jax.rl.environments import VerifiableEnvironment
 from moe_jax.rng import random_generator
@@ -66,3 +67,15 @@ def test_reasoning_gym_partial_scores_are_worth_nothing():
     assert environment.score(problem, right, True, rng())["worked"] == 1
     verbose = f"<think></think><answer>It is {problem.answer}</answer>"
     assert environment.score(problem, verbose, True, rng())["accuracy"] == 0
+
+
+def test_problems_that_do_not_fit_are_replaced_and_counted():
+    source = load_problems(ProblemConfig(min_terms=2, max_terms=4, test_problems=10), seed=0)
+    short = VerifiableEnvironment(source, RewardConfig(), fits=lambda problem: len(problem.prompt) <= 4)
+    problems = short.problems(3, 20)
+    assert len(problems) == 20 and all(len(problem.prompt) <= 4 for problem in problems)
+    assert short.skipped > 0
+    assert problems == VerifiableEnvironment(source, RewardConfig(), fits=short._fits).problems(3, 20)
+    impossible = VerifiableEnvironment(source, RewardConfig(), fits=lambda problem: False)
+    with pytest.raises(DataError, match="--prompt-length"):
+        impossible.problems(0, 4)

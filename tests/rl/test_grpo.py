@@ -139,6 +139,8 @@ def test_groups_without_variance_are_counted_and_change_nothing(policy):
     state, (step,) = run_steps(policy, 1, Evens(constant=1.0), MeshConfig(data=1))
     assert step.metrics["frac_reward_zero_std"] == 1 and step.metrics["update_skipped"] == 1
     assert int(state.step) == 0
+    for name, before in DEFINITION.init(jax.random.key(0))[0].items():
+        np.testing.assert_array_equal(state.params[name], before)
 
 
 def test_micro_batches_are_the_whole_minibatch():

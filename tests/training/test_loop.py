@@ -1,11 +1,14 @@
 """The loop of a phase: resumed and uninterrupted runs are bit-equal, bad numbers and signals stop it cleanly."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.config import CheckpointConfig
+from moe_jax.training.checkpoint import CheckpointError
 from moe_jax.training.loop import NonFiniteError, run_phase
 from moe_jax.training.run import Run
 from moe_jax.training.signals import StopGuard, Stopped
@@ -86,7 +89,7 @@ def test_lines_after_the_last_checkpoint_are_written_once(tmp_path):
         expected = walk(run, guard, 6, every=4)
         rows = losses(run)
     with Run.open(tmp_path / "crash", "test", {}) as run:
-        run.log("walk", 5, {"loss": 123.0})
+        run.log("walk", 3, {"loss": 123.0})
         run.log("other", 5, {"loss": 4.0})
         with StopGuard() as guard:
             np.testing.assert_array_equal(walk(run, guard, 6, every=4), expected)
@@ -96,9 +99,18 @@ def test_lines_after_the_last_checkpoint_are_written_once(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with Run.open(tmp_path / "run", "test", {}) as run, StopGuard() as guard:
-        with pytest.raises(NonFiniteError, match=r"walk, step 4: loss is nan.*checkpoint is that of step 2"):
+        with pytest.raises(NonFiniteError, match=r"walk, step 4: loss is nan.*checkpoint is of step 2"):
             walk(run, guard, 8, poison=3)
         with run.checkpointer("walk") as checkpoints:
             assert checkpoints.steps() == [2]
         walk(run, guard, 8)
         assert [step for step, _ in losses(run)] == list(range(1, 9))
+
+
+def test_lost_checkpoints_are_an_error_and_never_a_silent_fresh_start(tmp_path):
+    with Run.open(tmp_path / "run", "test", {}) as run, StopGuard() as guard:
+        walk(run, guard, 8)
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        with pytest.raises(CheckpointError, match="metrics of 8 steps of walk but no checkpoint"):
+            walk(run, guard, 8)
+        assert len(losses(run)) == 8
