@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -140,8 +141,30 @@ def test_layers_are_dense_or_sparse():
     assert (dense.num_dense_layers, dense.num_moe_layers) == (5, 0)
     all_sparse = ModelConfig(num_layers=5, first_k_dense=0, intermediate_size=0, moe=moe)
     assert (all_sparse.num_dense_layers, all_sparse.num_moe_layers) == (0, 5)
-    more_than_there_are = ModelConfig(num_layers=5, first_k_dense=9, moe=moe)
-    assert (more_than_there_are.num_dense_layers, more_than_there_are.num_moe_layers) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (
+            lambda: ModelConfig(num_layers=2, first_k_dense=2, moe=MoEConfig(num_experts=4)),
+            "ModelConfig.first_k_dense = 2",
+        ),
+        (lambda: AttentionConfig(kind="mla", qk_norm="head"), "AttentionConfig.qk_norm = 'head'"),
+        (lambda: AttentionConfig(kind="mla", qkv_bias=True), "AttentionConfig.qkv_bias = True"),
+        (lambda: RoPEConfig(factor=40.0), "RoPEConfig.factor = 40.0"),
+        (lambda: RoPEConfig(scaling="yarn", factor=4.0, beta_slow=0.0), "RoPEConfig.beta_slow = 0.0"),
+        (lambda: RoPEConfig(scaling="llama3", factor=8.0, low_freq_factor=4.0), "RoPEConfig.high_freq_factor = 4.0"),
+        (lambda: MoEConfig(num_experts=4, routed_scaling_factor=0.0), "MoEConfig.routed_scaling_factor = 0.0"),
+        (lambda: OptimizerConfig(beta2=1.0), "OptimizerConfig.beta2 = 1.0"),
+        (lambda: RLConfig(reference_refresh_steps=5), "RLConfig.reference_refresh_steps = 5"),
+        (lambda: ProblemConfig(path="somewhere"), "ProblemConfig.path = 'somewhere'"),
+        (lambda: ProblemConfig(task="chain_sum"), "ProblemConfig.task = 'chain_sum'"),
+    ],
+)
+def test_combinations_without_effect_or_meaning_are_refused(build, names):
+    with pytest.raises(ConfigError, match=re.escape(names)):
+        build()
 
 
 def test_configurations_are_values():

@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RoPEConfig
 from moe_jax.model.definition import Definition
-from moe_jax.model.transformer import make_cache
+from moe_jax.model.transformer import Transformer, make_cache
 
 V, S, N = 23, 5, 6
 LENGTHS = (5, 2, 4)
@@ -207,3 +207,16 @@ def test_dense_and_sparse_layers_are_where_the_config_says():
 def test_weights_and_gradients_of_a_bfloat16_model_are_float32():
     cfg = dataclasses.replace(CONFIGS["mla, moe, yarn"], dtype="bfloat16")
     assert {v.dtype for v in Definition.of(cfg).variables.values()} == {jnp.dtype("float32")}
+
+
+def test_embedding_gradient_counts_past_what_bfloat16_can():
+    """4,096 occurrences of a token give 4,096 times the gradient of one, not bfloat16's 256."""
+    cfg = ModelConfig(vocab_size=3, hidden_size=4, num_layers=1, intermediate_size=4, dtype="bfloat16")
+    model = Transformer(cfg, nnx.Rngs(0))
+    graph, state = nnx.split(model)
+
+    def total(state):
+        return jnp.sum(nnx.merge(graph, state).embed(jnp.ones((4, 1024), jnp.int32)).astype(jnp.float32))
+
+    gradient = jax.grad(total)(state)["embed_VD"][...]
+    np.testing.assert_array_equal(gradient, [[0] * 4, [4096] * 4, [0] * 4])
