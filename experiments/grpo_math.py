@@ -127,13 +127,14 @@ def experiment(cfg: Config, session: Session) -> None:
     definition = Definition.of(cfg.model)
 
     # What there is to learn; whatever is wrong with it shows before an hour of training.
+    def text(purpose: str) -> ProblemText:
+        return ProblemText(source, tokenizer, cfg.pretrain.batch_size, cfg.pretrain.sequence_length, purpose)
+
     def fits(problem: Problem) -> bool:
         return len(encode_prompt(problem.prompt, tokenizer)) <= cfg.prompt_length
 
     problems = [problem for problem in source.test if fits(problem)]
     skipped = len(source.test) - len(problems)
-    if skipped:
-        print(f"skipped {skipped} of {len(source.test)} held-out problems: prompts over {cfg.prompt_length} tokens")
     if not problems:
         raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is this short; raise it")
     environments = {
@@ -141,6 +142,7 @@ def experiment(cfg: Config, session: Session) -> None:
         "random_reward": VerifiableEnvironment(source, replace(cfg.rl.reward, random=True), fits=fits),
     }
     environments["grpo"].problems(0, cfg.rl.num_prompts)
+    base_text = text("base")
 
     # The base model.
     optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, definition)
@@ -152,11 +154,8 @@ def experiment(cfg: Config, session: Session) -> None:
         bias_update_rate=cfg.model.moe.bias_update_rate,
     )
 
-    def text(purpose: str) -> ProblemText:
-        return ProblemText(source, tokenizer, cfg.pretrain.batch_size, cfg.pretrain.sequence_length, purpose)
-
     state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), mesh)
-    base = train_supervised(session, "base", update, state, text("base"), cfg.pretrain.steps, cfg.checkpoint)
+    base = train_supervised(session, "base", update, state, base_text, cfg.pretrain.steps, cfg.checkpoint)
 
     # Its evaluation, and that of what becomes of it.
     sampler = make_generator(definition, cfg.rl.sampling, tokenizer, cfg.evaluation.samples)
@@ -221,11 +220,19 @@ def experiment(cfg: Config, session: Session) -> None:
         results["control"] = held_out("control", longer.params, longer.rest)
         results["random_reward"] = reinforce("random_reward")
 
-    report(cfg, run, results, parameter_counts(cfg.model), skipped)
+    too_long = {
+        "held_out_problems_skipped": skipped,
+        "training_problems_skipped": sum(environment.skipped for environment in environments.values()),
+        "documents_skipped": base_text.skipped,
+    }
+    report(cfg, run, results, parameter_counts(cfg.model), too_long)
 
 
-def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, skipped: int) -> None:
-    """Writes summary.json and the plots, and prints the table."""
+def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, too_long: dict[str, int]) -> None:
+    """Writes summary.json and the plots, and prints the table.
+
+    `too_long` counts what had no room (`prompt_length`, `pretrain.sequence_length`), in this session.
+    """
     from moe_jax.analysis.plots import plot_grpo
 
     grpo = run.metrics("grpo")
@@ -235,9 +242,9 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, skip
     for figure in ("format", "worked", "mean_length", "accuracy_worked", "accuracy_guessed"):
         summary |= {f"{figure}_{name}": result[figure] for name, result in results.items()}
     summary |= {
+        **too_long,
         "seed": cfg.seed,
         "seconds": run.metrics()[-1]["elapsed"],
-        "held_out_problems_skipped": skipped,
         "parameters_total": parameters.total + parameters.mtp,
         "parameters_active": parameters.active,
         "completion_tokens_per_second": float(np.median([row["tokens_per_second"] for row in grpo])),
@@ -254,7 +261,7 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, skip
         "control": "control: more supervised training",
         "random_reward": "control: random reward",
     }
-    print(f"\n{'':36}pass@1 (95 % interval)    {consensus.replace('_', '@').replace('@at@', '@'):8}  worked  length")
+    print(f"\n{'':36}pass@1 (95 % interval)    {consensus.replace('_at_', '@'):8}  worked  length")
     for name, result in results.items():
         p = result["pass_at_1"]
         print(
@@ -262,6 +269,9 @@ def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, skip
             f"     {result['worked']:.2f}    {result['mean_length']:.1f}"
         )
     before = results["before"]
+    for name, count in too_long.items():
+        if count:
+            print(f"{name}: {count}, too long for their room")
     print(
         f"\nThe base is right in {before['accuracy_worked']:.2f} of the completions that show their working and in"
         f" {before['accuracy_guessed']:.2f} of the others."
