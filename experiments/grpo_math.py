@@ -5,6 +5,17 @@
 Phases: a tiny DeepSeek-style model (MLA, sparse MoE, MTP) learns from text that mixes worked and guessed solutions;
 GRPO trains it from accuracy and format rewards (R1-Zero, arXiv:2501.12948); the controls are as much further supervised
 training of the same base, and the same reinforcement with a random reward. Held-out problems decide.
+
+Hardware: 2 CPU cores, 24 GB. Time: 6.5 minutes (two at once: 10 to 16). Result, pass@1 at temperature 1 on 1,024
+held-out problems with 8 samples each, 95 % intervals below ± .012:
+
+    seed   base   after GRPO   more supervised training   random reward
+    0      .349   .882         .375                       .315
+    1      .370   .849         .373                       .147
+    2      .365   .820         .346                       .048
+
+Mostly the selection of a strategy: worked solutions go from .40 to .90 of the samples, and the base is right in .79 to
+.84 of those; partly a better skill, since afterwards .91 to .95 of them are right. Answers grow from 19 to 34 tokens.
 """
 
 from __future__ import annotations
