@@ -21,7 +21,7 @@ Mostly the selection of a strategy: worked solutions go from .40 to .90 of the s
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,11 @@ from moe_jax.config import (
 )
 from moe_jax.presets import tiny_moe
 from moe_jax.training.experiment import Session, main
+
+if TYPE_CHECKING:
+    from moe_jax.data.problems import Problem
+    from moe_jax.training.run import Run
+    from moe_jax.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -112,141 +117,160 @@ CONFIGS = {
 """Defaults by `--data.source`."""
 
 
-def experiment(cfg: Config, session: Session) -> None:
-    import jax
-    import jax.numpy as jnp
+class Laboratory:
+    """What the phases share: the problems, the model, the compiled steps."""
 
-    from moe_jax.analysis.flops import parameter_counts
-    from moe_jax.data.problem_text import ProblemText, encode_prompt
-    from moe_jax.data.problems import Problem, load_problems
-    from moe_jax.data.tokenizer import load_tokenizer
-    from moe_jax.model.definition import Arrays, Definition
-    from moe_jax.rl.environments import VerifiableEnvironment
-    from moe_jax.rl.evaluation import evaluate
-    from moe_jax.rl.grpo import make_generator
-    from moe_jax.rl.train import PolicyTrainer
-    from moe_jax.rng import random_key
-    from moe_jax.training.optimizer import make_optimizer
-    from moe_jax.training.run import Progress, RunError
-    from moe_jax.training.state import init_state, make_update
-    from moe_jax.training.supervised import make_loss, make_totals, train_supervised
+    def __init__(self, cfg: Config, session: Session):
+        from moe_jax.data.problem_text import ProblemText, encode_prompt
+        from moe_jax.data.problems import load_problems
+        from moe_jax.data.tokenizer import load_tokenizer
+        from moe_jax.model.definition import Definition
+        from moe_jax.rl.environments import VerifiableEnvironment
+        from moe_jax.rl.grpo import make_generator
+        from moe_jax.rl.train import PolicyTrainer
+        from moe_jax.training.optimizer import make_optimizer
+        from moe_jax.training.state import make_update
+        from moe_jax.training.supervised import make_loss, make_totals
 
-    run, mesh = session.run, session.mesh
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    tokenizer.check_fits(cfg.model.vocab_size)
-    source = load_problems(cfg.data, cfg.seed)
-    definition = Definition.of(cfg.model)
+        self.cfg, self.session, self.run = cfg, session, session.run
+        self.tokenizer = load_tokenizer(cfg.tokenizer)
+        self.tokenizer.check_fits(cfg.model.vocab_size)
+        self.definition = Definition.of(cfg.model)
 
-    # What there is to learn; whatever is wrong with it shows before an hour of training.
-    def text(purpose: str) -> ProblemText:
-        return ProblemText(source, tokenizer, cfg.pretrain.batch_size, cfg.pretrain.sequence_length, purpose)
+        # What there is to learn; whatever is wrong with it shows before minutes of training.
+        self.source = load_problems(cfg.data, cfg.seed)
 
-    def fits(problem: Problem) -> bool:
-        return len(encode_prompt(problem.prompt, tokenizer)) <= cfg.prompt_length
+        def fits(problem: Problem) -> bool:
+            return len(encode_prompt(problem.prompt, self.tokenizer)) <= cfg.prompt_length
 
-    problems = [problem for problem in source.test if fits(problem)]
-    skipped = len(source.test) - len(problems)
-    if not problems:
-        raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is this short; raise it")
-    environments = {
-        "grpo": VerifiableEnvironment(source, cfg.rl.reward, fits=fits),
-        "random_reward": VerifiableEnvironment(source, replace(cfg.rl.reward, random=True), fits=fits),
-    }
-    environments["grpo"].problems(0, cfg.rl.num_prompts)
-    base_text = text("base")
-
-    # The base model.
-    optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, definition)
-    update = make_update(
-        make_loss(definition, banned_ids=(tokenizer.pad_id,)),
-        make_totals(definition),
-        optimizer,
-        accumulation_steps=cfg.pretrain.accumulation_steps,
-        bias_update_rate=cfg.model.moe.bias_update_rate,
-    )
-
-    state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), mesh)
-    base = train_supervised(session, "base", update, state, base_text, cfg.pretrain.steps, cfg.checkpoint)
-
-    # Its evaluation, and that of what becomes of it.
-    sampler = make_generator(definition, cfg.rl.sampling, tokenizer, cfg.evaluation.samples)
-
-    def held_out(name: str, params: Arrays, rest: Arrays) -> dict[str, Any]:
-        file = f"evaluations/{name}.json"
-        if run.path(file).exists():
-            return run.read_json(file)
-        with Progress(f"evaluate {name}", len(problems)) as progress:
-
-            def between(done: int, total: int) -> None:
-                progress.update(done)
-                session.guard.check()
-
-            result = evaluate(
-                sampler,
-                params,
-                rest,
-                source,
-                problems,
-                tokenizer,
-                cfg.evaluation,
-                prompt_length=cfg.prompt_length,
-                key=random_key(cfg.seed, "evaluation"),
-                between=between,
+        self.problems = [problem for problem in self.source.test if fits(problem)]
+        if not self.problems:
+            raise ConfigError(f"Config.prompt_length = {cfg.prompt_length}: no held-out problem is so short; raise it")
+        self.environments = {
+            "grpo": VerifiableEnvironment(self.source, cfg.rl.reward, fits=fits),
+            "random_reward": VerifiableEnvironment(self.source, replace(cfg.rl.reward, random=True), fits=fits),
+        }
+        self.environments["grpo"].problems(0, cfg.rl.num_prompts)
+        self.texts = {
+            purpose: ProblemText(
+                self.source, self.tokenizer, cfg.pretrain.batch_size, cfg.pretrain.sequence_length, purpose
             )
-        run.write_json(file, result)
-        run.log(f"evaluate_{name}", 0, {"pass_at_1": result["pass_at_1"]["mean"], "worked": result["worked"]})
-        return result
+            for purpose in ("base", "control")
+        }
 
-    results = {"before": held_out("before", base.params, base.rest)}
+        # The compiled steps, each shared by the phases that take it.
+        self.optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, self.definition)
+        self.update = make_update(
+            make_loss(self.definition, banned_ids=(self.tokenizer.pad_id,)),
+            make_totals(self.definition),
+            self.optimizer,
+            accumulation_steps=cfg.pretrain.accumulation_steps,
+            bias_update_rate=cfg.model.moe.bias_update_rate,
+        )
+        self.trainer = PolicyTrainer(self.definition, cfg.rl, self.tokenizer, cfg.prompt_length)
+        self.sample = make_generator(self.definition, cfg.rl.sampling, self.tokenizer, cfg.evaluation.samples)
 
-    # Reinforcement, and the two controls.
-    trainer = PolicyTrainer(definition, cfg.rl, tokenizer, cfg.prompt_length)
+    def pretrain(self) -> TrainState:
+        """The base model."""
+        from moe_jax.rng import random_key
+        from moe_jax.training.state import init_state
+        from moe_jax.training.supervised import train_supervised
 
-    def reinforce(phase: str) -> dict[str, Any]:
-        trained = trainer.train(
-            session,
+        cfg, session = self.cfg, self.session
+        state = init_state(self.definition, self.optimizer, random_key(cfg.seed, "weights"), session.mesh)
+        steps = cfg.pretrain.steps
+        return train_supervised(session, "base", self.update, state, self.texts["base"], steps, cfg.checkpoint)
+
+    def pretrain_longer(self, base: TrainState) -> TrainState:
+        """A control: the base's training goes on for as many completion tokens as GRPO drew."""
+        import jax
+        import jax.numpy as jnp
+
+        from moe_jax.training.run import RunError
+        from moe_jax.training.supervised import train_supervised
+
+        cfg, session, text = self.cfg, self.session, self.texts["control"]
+        rows = self.run.metrics("grpo")
+        if len(rows) != cfg.rl.steps:
+            raise RunError(f"{self.run.dir}/metrics.jsonl has {len(rows)} of {cfg.rl.steps} rows of grpo: restore it")
+        start = text.get_state()
+        tokens_a_batch = float(np.sum(next(text)["loss_mask_BS"]))
+        text.set_state(start)
+        steps = max(round(sum(row["num_tokens"] for row in rows) / tokens_a_batch), 1)
+        copy = jax.tree.map(jnp.copy, base)
+        return train_supervised(session, "control", self.update, copy, text, steps, cfg.checkpoint)
+
+    def reinforce(self, phase: str, base: TrainState) -> TrainState:
+        """GRPO on a copy of the base; `phase` names the environment, and so the reward."""
+        cfg = self.cfg
+        return self.trainer.train(
+            self.session,
             phase,
-            environments[phase],
+            self.environments[phase],
             base.params,
             base.rest,
             seed=cfg.seed,
             checkpoint=cfg.checkpoint,
         )
-        return held_out(phase, trained.params, trained.rest)
 
-    results["after"] = reinforce("grpo")
-    if cfg.controls:
-        supervised = text("control")
-        rows = run.metrics("grpo")
-        if len(rows) != cfg.rl.steps:
-            raise RunError(
-                f"{run.dir}/metrics.jsonl has {len(rows)} of the {cfg.rl.steps} steps of grpo: bring it back"
+    def held_out(self, name: str, state: TrainState) -> dict[str, Any]:
+        """Evaluates a model on the held-out problems, once: a resumed run reads the result."""
+        from moe_jax.rl.evaluation import evaluate
+        from moe_jax.rng import random_key
+        from moe_jax.training.run import Progress
+
+        file = f"evaluations/{name}.json"
+        if self.run.path(file).exists():
+            return self.run.read_json(file)
+        with Progress(f"evaluate {name}", len(self.problems)) as progress:
+
+            def between(done: int, total: int) -> None:
+                progress.update(done)
+                self.session.guard.check()
+
+            result = evaluate(
+                self.sample,
+                state.params,
+                state.rest,
+                self.source,
+                self.problems,
+                self.tokenizer,
+                self.cfg.evaluation,
+                prompt_length=self.cfg.prompt_length,
+                key=random_key(self.cfg.seed, "evaluation"),
+                between=between,
             )
-        completion_tokens = sum(row["num_tokens"] for row in rows)
-        tokens_a_batch = float(np.sum(next(text("control"))["loss_mask_BS"]))
-        steps = max(round(completion_tokens / tokens_a_batch), 1)
-        longer = train_supervised(
-            session, "control", update, jax.tree.map(jnp.copy, base), supervised, steps, cfg.checkpoint
-        )
-        results["control"] = held_out("control", longer.params, longer.rest)
-        results["random_reward"] = reinforce("random_reward")
+        self.run.write_json(file, result)
+        row = {"pass_at_1": result["pass_at_1"]["mean"], "worked": result["worked"]}
+        self.run.log(f"evaluate_{name}", 0, row)
+        return result
 
-    too_long = {
-        "held_out_problems_skipped": skipped,
-        "training_problems_skipped": sum(environment.skipped for environment in environments.values()),
-        "documents_skipped": base_text.skipped,
-    }
-    report(cfg, run, results, parameter_counts(cfg.model), too_long)
+    def too_long(self) -> dict[str, int]:
+        """How much had no room (`prompt_length`, `pretrain.sequence_length`), in this session."""
+        return {
+            "held_out_problems_skipped": len(self.source.test) - len(self.problems),
+            "training_problems_skipped": sum(environment.skipped for environment in self.environments.values()),
+            "documents_skipped": sum(text.skipped for text in self.texts.values()),
+        }
 
 
-def report(cfg: Config, run: Any, results: dict[str, Any], parameters: Any, too_long: dict[str, int]) -> None:
-    """Writes summary.json and the plots, and prints the table.
+def experiment(cfg: Config, session: Session) -> None:
+    lab = Laboratory(cfg, session)
+    base = lab.pretrain()
+    results = {"before": lab.held_out("before", base)}
+    results["after"] = lab.held_out("grpo", lab.reinforce("grpo", base))
+    if cfg.controls:
+        results["control"] = lab.held_out("control", lab.pretrain_longer(base))
+        results["random_reward"] = lab.held_out("random_reward", lab.reinforce("random_reward", base))
+    report(cfg, session.run, results, lab.too_long())
 
-    `too_long` counts what had no room (`prompt_length`, `pretrain.sequence_length`), in this session.
-    """
+
+def report(cfg: Config, run: Run, results: dict[str, Any], too_long: dict[str, int]) -> None:
+    """Writes summary.json and the plots, and prints the table."""
+    from moe_jax.analysis.flops import parameter_counts
     from moe_jax.analysis.plots import plot_grpo
 
-    grpo = run.metrics("grpo")
+    parameters, grpo = parameter_counts(cfg.model), run.metrics("grpo")
     summary = {f"pass_at_1_{name}": result["pass_at_1"] for name, result in results.items()}
     consensus = f"cons_at_{cfg.evaluation.samples}"
     summary |= {f"{consensus}_{name}": result[consensus] for name, result in results.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import (
     CheckpointConfig,
@@ -23,6 +23,9 @@ from moe_jax.config import (
 )
 from moe_jax.presets import tiny_moe
 from moe_jax.training.experiment import Session, main
+
+if TYPE_CHECKING:
+    from moe_jax.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,6 @@ CONFIG = Config()
 
 
 def experiment(cfg: Config, session: Session) -> None:
-    from moe_jax.analysis.flops import parameter_counts
     from moe_jax.data.text import TextCorpus, train_batches, validation_batches
     from moe_jax.data.tokenizer import load_tokenizer
     from moe_jax.model.definition import Definition
@@ -108,14 +110,15 @@ def experiment(cfg: Config, session: Session) -> None:
 
     state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), session.mesh)
     state = run_phase(run, session.guard, "pretrain", train.steps, state, body, checkpoint=cfg.checkpoint, data=data)
-    report(cfg, run, log_validation(state, train.steps), parameter_counts(cfg.model))
+    report(cfg, run, log_validation(state, train.steps))
 
 
-def report(cfg: Config, run: Any, validation: dict[str, float], parameters: Any) -> None:
+def report(cfg: Config, run: Run, validation: dict[str, float]) -> None:
     """Writes summary.json and the plot, and prints both in a line."""
+    from moe_jax.analysis.flops import parameter_counts
     from moe_jax.analysis.plots import Panel, plot_curves, series
 
-    rows = run.metrics()
+    rows, parameters = run.metrics(), parameter_counts(cfg.model)
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.train.sequence_length
     summary = {
         "validation_bits_per_byte": validation["bits_per_byte"],
