@@ -106,6 +106,21 @@ def test_a_run_that_was_stopped_resumes_to_the_same_numbers(tmp_path, whole, env
     assert read_rollouts(tmp_path) == read_rollouts(whole[0])
 
 
+@pytest.mark.slow
+def test_a_signal_during_start_up_or_compilation_stops_cleanly(tmp_path):
+    """Without the cache of compiled programs, the first step compiles for long: no safe point is near."""
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "config.json").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, stderr[-2000:]
+    assert "The same command resumes." in stderr and time.monotonic() - started < 30
+
+
 def test_mistakes_are_one_clear_line(tmp_path):
     def mistake(*arguments):
         done = subprocess.run(
