@@ -4,6 +4,9 @@
 
 The default corpus is the Python standard library's own sources: real text that every machine has. About 1 in 20 of its
 documents, chosen by a hash of their content, is held out.
+
+Hardware: 2 CPU cores. Result after 1.2 M tokens, seed 0 alone: sparse (tiny_moe, 197 k of 481 k parameters active, MTP)
+2.585 bits per byte in 176 s; dense (tiny_dense, 196 k parameters) 2.663 in 105 s.
 """
 
 from __future__ import annotations
