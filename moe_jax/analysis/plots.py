@@ -247,6 +247,10 @@ def plot_expert_load(rows: Rows, path: Path) -> bool:
     return True
 
 
+_FEWEST_TO_SMOOTH = 10
+"""Fewer values are joined as they are."""
+
+
 def smooth(values: ArrayLike) -> np.ndarray:
     """Local linear regression with a tricube kernel over a sixth of the values (LOWESS, one pass).
 
@@ -299,7 +303,8 @@ def _draw(ax: Axes, panel: Panel) -> None:
             ax.plot(curve.steps, values, "o-", color=curve.color, label=curve.label)
             continue
         ax.scatter(curve.steps, values, s=size, color=curve.color, alpha=0.3, linewidths=0)
-        ax.plot(curve.steps, smooth(values), curve.style, color=curve.color, linewidth=2, label=curve.label)
+        line = smooth(values) if len(values) >= _FEWEST_TO_SMOOTH else values
+        ax.plot(curve.steps, line, curve.style, color=curve.color, linewidth=2, label=curve.label)
     ax.set_ylabel(panel.ylabel)
     if panel.share:
         ax.set_ylim(0, 1)
