@@ -149,17 +149,13 @@ def _tokenizer(run: Path, config: dict[str, Any], model: ModelConfig) -> Any:
     from moe_jax.data import DataError
     from moe_jax.data.tokenizer import load_tokenizer
 
-    data = config.get("data")
-    name = config.get("tokenizer") or (data.get("tokenizer") if isinstance(data, dict) else None) or "byte"
     try:
-        tokenizer = load_tokenizer(name)
-    except DataError as error:
-        raise ToolError(str(error)) from error
-    if tokenizer.vocab_size > model.vocab_size:
+        tokenizer = load_tokenizer(config.get("tokenizer", "byte"))
+        tokenizer.check_fits(model.vocab_size)
+    except (ConfigError, DataError) as error:
         raise ToolError(
-            f"{run / 'config.json'}: the tokenizer {name!r} has {tokenizer.vocab_size} tokens and the model a"
-            f" vocabulary of {model.vocab_size}: put back the tokenizer that the run was trained with"
-        )
+            f"{run / 'config.json'}: {error}; put back the tokenizer that the run was trained with"
+        ) from error
     return tokenizer
 
 
