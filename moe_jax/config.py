@@ -157,6 +157,9 @@ class MoEConfig:
     """Width of one expert (`moe_intermediate_size`); the shared experts are one SwiGLU of width shared × this."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """Affinity of a token to an expert: sigmoid (V3) or softmax over all experts (V2, Mixtral, Qwen, OLMoE)."""
+    routing: Literal["learned", "hash", "uniform"] = "learned"
+    """What chooses a token's experts: its affinities; or, as controls, a hash of its id, or its position in turn, so
+    that the load is even. The learned gate weighs the chosen experts in any case."""
     num_groups: int = 1
     """Experts are divided into this many groups (`n_group`) ..."""
     num_groups_per_token: int = 1
@@ -171,12 +174,34 @@ class MoEConfig:
     """γ of the loss-free balancing bias (V3 eq. 16, arXiv:2408.15664); 0 freezes it."""
     selection_bias: bool = True
     """Whether the router has a balancing bias at all."""
+    bias_zero_mean: bool = False
+    """Subtract the mean over experts from each change of the bias (Moonlight)."""
     sequence_balance_coef: float = 1e-4
-    """α of the sequence-wise balance loss (V3 eq. 17); 0 turns it off."""
+    """α of the sequence-wise balance loss (V3 eq. 17); 0 turns it off, as it does the losses below."""
+    expert_balance_coef: float = 0.0
+    """α₁ of the expert-level balance loss (V2 eq. 23), over the tokens of a micro-batch on all devices."""
+    device_balance_coef: float = 0.0
+    """α₂ of the device-level balance loss (V2 eq. 26); a group of experts stands for a device."""
+    communication_balance_coef: float = 0.0
+    """α₃ of the communication balance loss (V2 eq. 29); a group of experts stands for a device."""
+    global_balance_coef: float = 0.0
+    """Weight of the balance loss whose loads are those of the whole step's batch (arXiv:2501.11873)."""
+    z_loss_coef: float = 0.0
+    """Weight of the router z-loss, the mean of logsumexp(logits)² over tokens (ST-MoE, arXiv:2202.08906)."""
+    capacity_factor: float = 0.0
+    """Drop the assignments of lowest affinity that exceed this many times the mean load of a group of experts (of an
+    expert, where there is one group), in training only (V2 §2.2.4); 0 drops none."""
+    dispatch: Literal["auto", "local", "all_gather", "all_to_all"] = "auto"
+    """How tokens reach their experts on a mesh with an `expert` axis (see `model/dispatch.py`)."""
+    dispatch_buffer: float = 2.0
+    """Rows that a shard's buffers hold, relative to an even load; more than that take further rounds."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
-        _require_not_negative(self, "num_experts", "num_shared_experts", "bias_update_rate", "sequence_balance_coef")
+        losses = ("sequence", "expert", "device", "communication", "global")
+        losses = tuple(f"{loss}_balance_coef" for loss in losses)
+        _require_not_negative(self, "num_experts", "num_shared_experts", "bias_update_rate", "capacity_factor")
+        _require_not_negative(self, *losses, "z_loss_coef")
         if not self.num_experts:
             return
         _require_positive(self, "num_experts_per_token", "expert_size", "num_groups", "num_groups_per_token")
@@ -202,7 +227,16 @@ class MoEConfig:
             "num_experts_per_token",
             f"must not exceed the {reachable} experts of {self.num_groups_per_token} groups",
         )
-        _require_positive(self, "routed_scaling_factor")
+        _require_positive(self, "routed_scaling_factor", "dispatch_buffer")
+        for name in ("device_balance_coef", "communication_balance_coef"):
+            _require(self.num_groups > 1 or getattr(self, name) == 0, self, name, "needs num_groups > 1: the devices")
+        _require(self.selection_bias or not self.bias_zero_mean, self, "bias_zero_mean", "needs selection_bias = True")
+        if self.routing != "learned":
+            remedy = f"has no effect with routing = {self.routing!r}; set it to "
+            _require(not self.selection_bias, self, "selection_bias", remedy + "False")
+            _require(self.num_groups == 1, self, "num_groups", remedy + "1")
+            for name in losses:
+                _require(getattr(self, name) == 0, self, name, remedy + "0")
         if self.num_groups > 1 and self.group_score == "top2_sum":
             _require(
                 self.num_experts // self.num_groups >= 2,

@@ -68,8 +68,8 @@ def test_large_weights_are_created_in_shards():
     cfg = ModelConfig(num_layers=2, moe=MoEConfig(num_experts=4, expert_size=8))
     definition = Definition.of(cfg)
     shardings, rest = definition.shardings(MESH)
-    experts = shardings["moe_blocks.ffn.experts.gate_up_EDF"]
-    assert experts.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    experts = shardings["moe_blocks.ffn.experts.gate_up_ED2F"]
+    assert experts.spec == PartitionSpec(None, "expert", "fsdp", None, "tensor")
     assert rest["moe_blocks.ffn.router.bias"].is_fully_replicated
 
 

@@ -27,10 +27,14 @@ class Context(NamedTuple):
     mask: Array
     """[B, S, S], or [B, S, T] when decoding from a cache."""
     valid_BS: Array
+    router_keys_BS: Array
+    """What hash or uniform routing goes by (`router.fixed_experts`)."""
     decode: bool
     """Attend to the cache (True) or to the sequence itself (False: training, prefill)."""
     column: Array | int
     """Where in the cache the sequence is written."""
+    drop_tokens: bool
+    """Whether experts drop what exceeds their capacity, if they have one: in the training loss only."""
 
 
 class Block(nnx.Module):
@@ -46,7 +50,10 @@ class Block(nnx.Module):
     def __call__(
         self, x_BSD: Array, ctx: Context, caches: Entries | None = None, layer: Array | int = 0
     ) -> tuple[Array, RouterStats | None, Entries | None]:
-        """Returns the block's output, its router's statistics if it is sparse, and the caches with its entries."""
+        """Returns the block's output, its router's statistics if it is sparse, and the caches with its entries.
+
+        `layer` is its number among the blocks of its kind: its place in the caches, and what hash routing is salted by.
+        """
         normed = self.attention_norm(x_BSD)
         with jax.named_scope("attention"):
             entries = self.attention.entries(normed, ctx.rot)
@@ -61,7 +68,7 @@ class Block(nnx.Module):
         normed = self.ffn_norm(x_BSD)
         with jax.named_scope("ffn"):
             if isinstance(self.ffn, MoE):
-                y_BSD, stats = self.ffn(normed, ctx.valid_BS)
+                y_BSD, stats = self.ffn(normed, ctx.valid_BS, ctx.router_keys_BS, layer, ctx.drop_tokens)
             else:
                 y_BSD, stats = self.ffn(normed), None
         return constrain(x_BSD + y_BSD, "batch", "sequence", "activation"), stats, caches

@@ -1,60 +1,343 @@
-"""Tokens to the rows of their experts and back.
+"""Tokens to the shards and rows of their experts, and back.
 
-T tokens, D model, K experts per token, E experts, R = T·K rows, one per assignment, sorted by expert.
+T tokens of a shard, D model, K experts per token, E experts, N shards of the experts, S slots, R rows.
 
-One signature: `dispatch(x_TD, experts_TK, num_experts, apply) → y_TKD`, where `apply(rows_RD, group_sizes_E)` is the
-experts' work on rows sorted by expert. The strategy here is local: sort, work, un-sort, no token dropped.
+One signature, `dispatch(x_BSD, experts_BSK, weights_BSK, arrays, axes, work, cfg)`, and three strategies:
+
+- `local`: the shard has all experts. Sort its T·K assignments by expert, work, un-sort and add.
+- `all_gather`: each shard gets the tokens of all N shards, works for the experts it holds, and the sums are
+  reduce-scattered. A token travels to N shards, whatever K is.
+- `all_to_all`: each assignment travels to the shard of its expert and back. A token travels K times, whatever N is.
+
+No strategy drops a token. Where a shard's share of the rows depends on the routing, buffers hold
+`cfg.dispatch_buffer` times the even share; what does not fit waits for another round, and rounds that no row waits for
+are skipped. All are built of one pair of moves, `_to_slots` and `_to_tokens`, each of which is the other's gradient, so
+that sorting and un-sorting are gathers in both directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from moe_jax.config import MoEConfig
+from moe_jax.sharding import partition_spec
+
+Work = Callable[..., Array]
+"""work(rows_RD, weights_R, group_sizes_E, *arrays) → [R, D]: the experts' weighted outputs on rows sorted by expert."""
 
 
-def dispatch(x_TD: Array, experts_TK: Array, num_experts: int, apply: Callable[[Array, Array], Array]) -> Array:
-    """Runs each token through its experts; returns [T, K, D], the K experts' outputs for each token."""
-    T, K = experts_TK.shape
-    flat_R = experts_TK.reshape(-1)
-    order_R = jnp.argsort(flat_R, stable=True)
-    inverse_R = jnp.argsort(order_R)
-    group_sizes_E = jnp.sum(flat_R[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    rows_RD = _gather_tokens(x_TD, order_R, inverse_R, K)
-    return _permute(apply(rows_RD, group_sizes_E), inverse_R, order_R).reshape(T, K, -1)
+def dispatch(
+    x_BSD: Array,
+    experts_BSK: Array,
+    weights_BSK: Array,
+    arrays: Sequence[Array],
+    axes: Sequence[tuple[str | None, ...]],
+    work: Work,
+    cfg: MoEConfig,
+) -> Array:
+    """Σ_k weight · expert(x) for each token, on one device or on the mesh that `jax.set_mesh` put in place.
+
+    Args:
+        x_BSD: tokens.
+        experts_BSK: int32, the experts of each token; `cfg.num_experts` for none (padding, dropped assignments).
+        weights_BSK: their mixing weights.
+        arrays: the experts' weights, each with the experts first.
+        axes: the logical axes of each (`sharding.RULES`), the first being "expert".
+        work: what the experts do. Its result may be a part of a sum over the mesh's axis `tensor`.
+        cfg: number of experts, strategy, size of buffers.
+
+    Returns:
+        y_BSD, float32.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, experts_BSK, weights_BSK))
+        return _local(*flat, arrays, work, cfg).reshape(x_BSD.shape)
+
+    tokens = partition_spec(("batch", None, None), x_BSD.shape, mesh)
+    specs = [partition_spec(names, array.shape, mesh) for names, array in zip(axes, arrays, strict=True)]
+    strategy = _strategy(cfg, specs[0][0] is not None and mesh.shape["expert"], tokens[0] is not None)
+
+    def shard(x_BSD: Array, experts_BSK: Array, weights_BSK: Array, *arrays: Array) -> Array:
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, experts_BSK, weights_BSK))
+        whole = [_gather_fsdp(array, spec) for array, spec in zip(arrays, specs, strict=True)]
+        y_TD = strategy(*flat, whole, work, cfg)
+        if any("tensor" in spec for spec in specs):
+            y_TD = lax.psum(y_TD, "tensor")
+        return y_TD.reshape(x_BSD.shape)
+
+    in_specs = (tokens, tokens, tokens, *specs)
+    mapped = jax.shard_map(shard, in_specs=in_specs, out_specs=tokens, check_vma=False)
+    return mapped(x_BSD, experts_BSK, weights_BSK, *arrays)
+
+
+def _strategy(cfg: MoEConfig, shards: int, tokens_sharded: bool) -> Callable[..., Array]:
+    """The one place that chooses. Communication of a token: N ways by all-gather, K ways by all-to-all."""
+    if shards <= 1:
+        return _local
+    if not tokens_sharded:
+        return _replicated
+    auto = "all_gather" if shards <= cfg.num_experts_per_token else "all_to_all"
+    return _all_gather if (auto if cfg.dispatch == "auto" else cfg.dispatch) == "all_gather" else _all_to_all
+
+
+def _gather_fsdp(array: Array, spec: PartitionSpec) -> Array:
+    """The shard's experts, whole along the axis `fsdp`; the gradient is reduce-scattered over it."""
+    for dimension, name in enumerate(spec):
+        if name == "fsdp":
+            array = lax.all_gather(array, "fsdp", axis=dimension, tiled=True)
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# strategies: (x_TD, experts_TK, weights_TK, arrays, work, cfg) → y_TD, within one shard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _local(
+    x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
+) -> Array:
+    order = sort_by_expert(experts_TK, arrays[0].shape[0])
+    slots = Slots(order.assignment_R, order.row_TK)
+    y_RD = work(slots.tokens(x_TD), slots.assignments(weights_TK), order.group_sizes_E, *arrays)
+    return slots.sums(y_RD)
+
+
+def _replicated(
+    x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
+) -> Array:
+    """Every shard has the same tokens (a batch too small to be divided): each adds what its own experts do."""
+    return lax.psum(_own_experts(x_TD, experts_TK, weights_TK, arrays, work, cfg), "expert")
+
+
+def _all_gather(
+    x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
+) -> Array:
+    gather = partial(lax.all_gather, axis_name="expert", tiled=True)
+    y_TD = _own_experts(gather(x_TD), gather(experts_TK), gather(weights_TK), arrays, work, cfg)
+    return lax.psum_scatter(y_TD.astype(x_TD.dtype), "expert", tiled=True).astype(jnp.float32)
+
+
+def _own_experts(
+    x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
+) -> Array:
+    """The part of each token's sum that this shard's experts give."""
+    R, E = experts_TK.size, arrays[0].shape[0]
+    experts_TK = experts_TK - E * lax.axis_index("expert")
+    order = sort_by_expert(jnp.where((experts_TK >= 0) & (experts_TK < E), experts_TK, E), E)
+    room = _room(R, cfg)
+    ends_E = jnp.cumsum(order.group_sizes_E)
+    assignment_R = jnp.pad(order.assignment_R, (0, room), constant_values=R)
+
+    def one_round(first: Array | int, x_TD: Array, weights_TK: Array, *arrays: Array) -> Array:
+        """The work on sorted rows first … first + room."""
+        slot_TK = order.row_TK - first
+        in_round_TK = (slot_TK >= 0) & (slot_TK < room)
+        slots = Slots(lax.dynamic_slice_in_dim(assignment_R, first, room), jnp.where(in_round_TK, slot_TK, room))
+        group_sizes_E = jnp.diff(jnp.clip(ends_E - first, 0, room), prepend=0)
+        return slots.sums(work(slots.tokens(x_TD), slots.assignments(weights_TK), group_sizes_E, *arrays))
+
+    return _rounds(one_round, room, ends_E[-1], R, x_TD, weights_TK, *arrays)
+
+
+def _all_to_all(
+    x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
+) -> Array:
+    R, E, N = experts_TK.size, arrays[0].shape[0], lax.axis_size("expert")
+    order = sort_by_expert(experts_TK, N * E)
+    counts_N = jnp.sum(order.group_sizes_E.reshape(N, E), axis=1)
+    starts_N = jnp.cumsum(counts_N) - counts_N
+    shard_TK = experts_TK // E  # N for none
+    room = _room(R, cfg)  # for each pair of shards
+
+    def one_round(first: Array | int, x_TD: Array, weights_TK: Array, *arrays: Array) -> Array:
+        """Of the rows for each shard, sends number first … first + room."""
+        place_TK = order.row_TK - jnp.append(starts_N, 0)[shard_TK] - first
+        sent_TK = (shard_TK < N) & (place_TK >= 0) & (place_TK < room)
+        send_N = jnp.clip(counts_N - first, 0, room)
+        row_NC = (starts_N + first)[:, None] + jnp.arange(room)
+        assignment_NC = order.assignment_R.at[row_NC].get(mode="fill", fill_value=R)
+        slots = Slots(
+            jnp.where(jnp.arange(room) < send_N[:, None], assignment_NC, R).reshape(N * room),
+            jnp.where(sent_TK, shard_TK * room + place_TK, N * room),
+        )
+        receive_N = lax.all_to_all(send_N, "expert", 0, 0, tiled=True)
+        experts_S = _exchange(slots.assignments(experts_TK, fill=N * E), send_N, receive_N)
+        experts_S = jnp.where(_filled(receive_N, room), experts_S % E, E)
+        rows_SD = _exchange(slots.tokens(x_TD), send_N, receive_N)
+        weights_S = _exchange(slots.assignments(weights_TK), send_N, receive_N)
+        y_SD = _local(rows_SD, experts_S[:, None], weights_S[:, None], arrays, work, cfg).astype(x_TD.dtype)
+        return slots.sums(_exchange(y_SD, receive_N, send_N))
+
+    most = lax.pmax(jnp.max(counts_N), "expert")  # all shards take the same rounds
+    return _rounds(one_round, room, most, R, x_TD, weights_TK, *arrays)
+
+
+def _room(rows: int, cfg: MoEConfig) -> int:
+    """Slots for a shard's experts' rows in one round."""
+    return min(rows, 8 * math.ceil(cfg.dispatch_buffer * rows / lax.axis_size("expert") / 8))
+
+
+def _rounds(one_round: Callable[..., Array], room: int, present: Array, most: int, *operands: Array) -> Array:
+    """Σ one_round(first, *operands) over first = 0, room, 2 room, … below `present`, which is at most `most`.
+
+    The first round, which an even load does not exceed, keeps what its gradient needs; later ones compute it anew.
+    """
+    y_TD = one_round(0, *operands)
+
+    @jax.checkpoint
+    def later(first: Array, *operands: Array) -> Array:
+        return lax.cond(first < present, one_round, lambda *_: jnp.zeros_like(y_TD), first, *operands)
+
+    def step(y_TD: Array, first: Array) -> tuple[Array, None]:
+        return y_TD + later(first, *operands), None
+
+    return lax.scan(step, y_TD, jnp.arange(room, most, room))[0] if room < most else y_TD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sorting, and the moves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """Assignments sorted by expert; those of no expert come last and are not counted."""
+
+    assignment_R: Array
+    """The assignment, t·K + k, of each row."""
+    row_TK: Array
+    """The row of each assignment."""
+    group_sizes_E: Array
+
+
+def sort_by_expert(experts_TK: Array, num_experts: int) -> Order:
+    """Stable: within an expert, rows are in the order of tokens."""
+    R = experts_TK.size
+    expert_R, index_R = experts_TK.reshape(-1).astype(jnp.uint32), jnp.arange(R, dtype=jnp.uint32)
+    if (num_experts + 1) * R < 2**32:
+        # Sorting one number made of both is several times faster than sorting pairs.
+        key_R = lax.sort(expert_R * R + index_R)
+        expert_R, order_R = key_R // R, key_R % R
+    else:
+        expert_R, order_R = lax.sort((expert_R, index_R), num_keys=1)
+    ends_E = jnp.searchsorted(expert_R, jnp.arange(1, num_experts + 1, dtype=jnp.uint32)).astype(jnp.int32)
+    row_R = jnp.zeros(R, jnp.int32).at[order_R].set(index_R.astype(jnp.int32), unique_indices=True)
+    return Order(order_R.astype(jnp.int32), row_R.reshape(experts_TK.shape), jnp.diff(ends_E, prepend=0))
+
+
+class Slots(NamedTuple):
+    """Which assignment is in which slot, both ways round."""
+
+    assignment_S: Array
+    """The assignment, t·K + k, in each slot; T·K in an empty one."""
+    slot_TK: Array
+    """The slot of each assignment; S for none."""
+
+    def tokens(self, x_TD: Array) -> Array:
+        """Each slot's token, [S, D]; zeros in empty slots."""
+        return _to_slots(x_TD, self.assignment_S // self.slot_TK.shape[1], self.slot_TK)
+
+    def assignments(self, x_TK: Array, fill: int = 0) -> Array:
+        """Each slot's own number, [S], of one number per assignment."""
+        if jnp.issubdtype(x_TK.dtype, jnp.integer):
+            return x_TK.reshape(-1).at[self.assignment_S].get(mode="fill", fill_value=fill)
+        return _to_slots(x_TK.reshape(-1, 1), self.assignment_S, self.slot_TK.reshape(-1, 1))[:, 0]
+
+    def sums(self, y_SD: Array) -> Array:
+        """Each token's sum over its K slots, [T, D] float32."""
+        return _to_tokens(y_SD, self.assignment_S // self.slot_TK.shape[1], self.slot_TK)
 
 
 @jax.custom_vjp
-def _permute(rows_RD: Array, order_R: Array, inverse_R: Array) -> Array:
-    """rows[order]; its gradient is the inverse gather, where autodiff would scatter."""
-    return rows_RD[order_R]
+def _to_slots(x_TD: Array, token_S: Array, slot_TK: Array) -> Array:
+    return x_TD.at[token_S].get(mode="fill", fill_value=0)
 
 
-def _permute_forward(rows_RD: Array, order_R: Array, inverse_R: Array) -> tuple[Array, Array]:
-    return rows_RD[order_R], inverse_R
+@jax.custom_vjp
+def _to_tokens(y_SD: Array, token_S: Array, slot_TK: Array) -> Array:
+    # K gathers fuse with the sum; one gather of [T, K, D] would be written out first.
+    rows = (y_SD.at[slot_TK[:, k]].get(mode="fill", fill_value=0) for k in range(slot_TK.shape[1]))
+    return sum((row_TD.astype(jnp.float32) for row_TD in rows), start=jnp.float32(0))
 
 
-def _permute_backward(inverse_R: Array, gradient_RD: Array) -> tuple[Array, None, None]:
-    return gradient_RD[inverse_R], None, None
+def _to_slots_backward(indices: tuple[Array, Array], dy_SD: Array) -> tuple[Array, None, None]:
+    return _to_tokens(dy_SD, *indices).astype(dy_SD.dtype), None, None
 
 
-_permute.defvjp(_permute_forward, _permute_backward)
+def _to_tokens_backward(residuals: tuple[Array, Array, Array], dy_TD: Array) -> tuple[Array, None, None]:
+    *indices, like = residuals
+    return _to_slots(dy_TD.astype(like.dtype), *indices), None, None
 
 
-def _gather_tokens(x_TD: Array, order_R: Array, inverse_R: Array, K: int) -> Array:
-    """The token of each sorted row; its gradient gathers each token's K rows and adds them."""
+_to_slots.defvjp(lambda x, token_S, slot_TK: (_to_slots(x, token_S, slot_TK), (token_S, slot_TK)), _to_slots_backward)
+_to_tokens.defvjp(
+    lambda y, token_S, slot_TK: (_to_tokens(y, token_S, slot_TK), (token_S, slot_TK, jnp.zeros(0, y.dtype))),
+    _to_tokens_backward,
+)
 
-    @jax.custom_vjp
-    def gather(x_TD: Array, order_R: Array, inverse_R: Array) -> Array:
-        return x_TD[order_R // K]
 
-    def forward(x_TD: Array, order_R: Array, inverse_R: Array) -> tuple[Array, Array]:
-        return x_TD[order_R // K], inverse_R
+def _filled(sizes_N: Array, room: int) -> Array:
+    """[N · room] bool: slots that hold a row."""
+    return (jnp.arange(room) < sizes_N[:, None]).reshape(-1)
 
-    def backward(inverse_R: Array, gradient_RD: Array) -> tuple[Array, None, None]:
-        return jnp.sum(gradient_RD[inverse_R].reshape(-1, K, gradient_RD.shape[-1]), axis=1), None, None
 
-    gather.defvjp(forward, backward)
-    return gather(x_TD, order_R, inverse_R)
+@jax.custom_vjp
+def _exchange(x_SD: Array, send_N: Array, receive_N: Array) -> Array:
+    """Sends the first send_N[j] of the jth block of slots to shard j; receives as many blocks, zeros past their rows.
+
+    The gradient goes the same way back. TPUs and GPUs send rows that exist (`ragged_all_to_all`), other platforms
+    whole blocks.
+    """
+
+    def ragged(x_SD: Array, send_N: Array, receive_N: Array) -> Array:
+        N = send_N.shape[0]
+        room = x_SD.shape[0] // N
+        here = jnp.full(N, lax.axis_index("expert") * room, jnp.int32)
+        there = jnp.arange(N, dtype=jnp.int32) * room
+        out = jnp.zeros_like(x_SD)
+        return lax.ragged_all_to_all(x_SD, out, there, send_N, here, receive_N, axis_name="expert")
+
+    def whole(x_SD: Array, send_N: Array, receive_N: Array) -> Array:
+        return lax.all_to_all(x_SD, "expert", 0, 0, tiled=True)
+
+    return lax.platform_dependent(x_SD, send_N, receive_N, tpu=ragged, cuda=ragged, rocm=ragged, default=whole)
+
+
+def _exchange_backward(sizes: tuple[Array, Array], dy_SD: Array) -> tuple[Array, None, None]:
+    send_N, receive_N = sizes
+    return _exchange(dy_SD, receive_N, send_N), None, None
+
+
+_exchange.defvjp(lambda x, send_N, receive_N: (_exchange(x, send_N, receive_N), (send_N, receive_N)), _exchange_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# capacity
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def within_capacity(experts_TK: Array, affinity_TK: Array, cfg: MoEConfig) -> Array:
+    """`experts_TK` with `cfg.num_experts`, none, in place of assignments beyond the capacity (DeepSeek-V2 §2.2.4).
+
+    A group of experts (V2's device), or an expert where there is one group, keeps the assignments of highest affinity
+    up to `cfg.capacity_factor` times the mean. Assignments of no expert do not count.
+    """
+    units = cfg.num_groups if cfg.num_groups > 1 else cfg.num_experts
+    flat_R, R = experts_TK.reshape(-1), experts_TK.size
+    unit_R = flat_R // (cfg.num_experts // units)  # `units` for none
+    index_R = jnp.arange(R)
+    sorted_R, _, order_R = lax.sort((unit_R, -affinity_TK.reshape(-1), index_R), num_keys=2)
+    ends = jnp.searchsorted(sorted_R, jnp.arange(units), side="right")
+    starts = jnp.append(0, ends)
+    capacity = jnp.ceil(cfg.capacity_factor * ends[-1] / units)
+    kept_R = index_R - starts[sorted_R] < capacity
+    kept_R = jnp.zeros(R, bool).at[order_R].set(kept_R, unique_indices=True)
+    return jnp.where(kept_R, flat_R, cfg.num_experts).reshape(experts_TK.shape)

@@ -53,16 +53,21 @@ class RMSNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x)); gate and up are one product, [gate | up] along F."""
+    """down(silu(gate(x)) · up(x)); gate and up are one product."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, init: Initializer):
-        self.gate_up_DF = init.weight((hidden_size, 2 * intermediate_size), ("embed", "mlp"), "io")
+        # The two stand beside each other, not end to end, so that a shard of F has both.
+        self.gate_up_D2F = init.weight((hidden_size, 2, intermediate_size), ("embed", None, "mlp"), "ioo")
         self.down_FD = init.weight((intermediate_size, hidden_size), ("mlp", "embed"), "io")
 
     def __call__(self, x_BSD: Array) -> Array:
-        gate_up = jnp.einsum("...D,DF->...F", x_BSD, self.gate_up_DF[...].astype(x_BSD.dtype))
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, self.down_FD[...].astype(x_BSD.dtype))
+        gate_up = jnp.einsum("...D,DGF->...GF", x_BSD, self.gate_up_D2F[...].astype(x_BSD.dtype))
+        return jnp.einsum("...F,FD->...D", gated(gate_up), self.down_FD[...].astype(x_BSD.dtype))
+
+
+def gated(gate_up: Array) -> Array:
+    """silu(gate) · up, [..., 2, F] → [..., F]."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 def rematerialised(body: Callable, remat: str) -> Callable:

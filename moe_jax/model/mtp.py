@@ -52,7 +52,7 @@ class MTP(nnx.Module):
 
         def module(carry: tuple[Array, Array, Array], weights: tuple) -> tuple[tuple[Array, Array, Array], tuple]:
             hidden_BSD, ahead_BSD, segment_ahead_BS = carry
-            block, embedding_norm, hidden_norm, output_norm, projection = weights
+            layer, block, embedding_norm, hidden_norm, output_norm, projection = weights
             ahead_BSD = jnp.roll(ahead_BSD, -1, axis=1)
             segment_ahead_BS = jnp.pad(segment_ahead_BS[:, 1:], ((0, 0), (0, 1)))
             pair = [embedding_norm(ahead_BSD), hidden_norm(hidden_BSD)]
@@ -61,11 +61,13 @@ class MTP(nnx.Module):
             joined = jnp.concatenate(pair, axis=-1)
             x_BSD = jnp.einsum("BSJ,JD->BSD", joined, projection[...].astype(joined.dtype))
             inside_BS = ctx.valid_BS & (segment_ahead_BS == segment_ids_BS)
-            x_BSD, stats, _ = block(x_BSD, ctx._replace(valid_BS=inside_BS))
+            x_BSD, stats, _ = block(x_BSD, ctx._replace(valid_BS=inside_BS), layer=layer)
             hidden_BSD = output_norm(x_BSD)
             return (hidden_BSD, ahead_BSD, segment_ahead_BS), (hidden_BSD, stats)
 
-        weights = (self.blocks, self.embedding_norms, self.hidden_norms, self.output_norms, self.projection_N2DD)
+        layers = self.cfg.num_moe_layers + jnp.arange(self.cfg.mtp.depth)  # the modules' come after the trunk's
+        norms = (self.embedding_norms, self.hidden_norms, self.output_norms)
+        weights = (layers, self.blocks, *norms, self.projection_N2DD)
         _, (hidden_NBSD, stats) = jax.lax.scan(
             rematerialised(module, self.cfg.remat), (hidden_BSD, embedded_BSD, segment_ids_BS), weights
         )

@@ -68,6 +68,7 @@ class Transformer(nnx.Module):
         positions_BS: Array | None = None,
         cache: Cache | None = None,
         prefill: bool = False,
+        drop_tokens: bool = False,
     ) -> ModelOutput:
         """Hidden states of each position; `logits` makes logits of them.
 
@@ -79,6 +80,9 @@ class Transformer(nnx.Module):
                 continue the cache's). Packed documents need their own.
             cache: entries of earlier columns; the output's cache has this sequence's appended.
             prefill: the cache is empty: attend among the given tokens only, in the form that is cheaper for many.
+            drop_tokens: drop what exceeds the experts' capacity, if `moe.capacity_factor` sets one. For the training
+                loss only: what is dropped depends on the other rows of the batch, which must not decide what a token
+                means at evaluation, sampling or in RL, whose trainer has to route as its sampler did.
         """
         cfg = self.cfg
         valid_BS = jnp.ones(tokens_BS.shape, bool) if segment_ids_BS is None else segment_ids_BS > 0
@@ -99,7 +103,7 @@ class Transformer(nnx.Module):
             mask = cache.valid_BT[:, None, :] & seen_ST
         else:
             mask = causal_mask(valid_BS.astype(jnp.int32) if segment_ids_BS is None else segment_ids_BS)
-        ctx = Context(rot, mask, valid_BS, decode, column)
+        ctx = Context(rot, mask, valid_BS, self._router_keys(tokens_BS, positions_BS), decode, column, drop_tokens)
 
         x_BSD = self.embed(tokens_BS)
         x_BSD, _, dense = run_blocks(self.dense_blocks, x_BSD, ctx, cache.dense if cache else None, cfg.remat)
@@ -107,6 +111,9 @@ class Transformer(nnx.Module):
         if cache is not None and dense is not None and moe is not None:
             cache = cache._replace(dense=dense, moe=moe)
         return ModelOutput(self.norm(x_BSD), stats, cache)
+
+    def _router_keys(self, tokens_BS: Array, positions_BS: Array) -> Array:
+        return tokens_BS if self.cfg.moe.routing == "hash" else positions_BS
 
     def embed(self, tokens_BS: Array) -> Array:
         # Taken in float32: the gradient adds up a token's occurrences, which bfloat16 cannot count past 256.
@@ -123,12 +130,19 @@ class Transformer(nnx.Module):
         return jnp.einsum("BSD,DV->BSV", hidden_BSD, head, preferred_element_type=jnp.float32)
 
     def predict_ahead(
-        self, hidden_BSD: Array, tokens_BS: Array, segment_ids_BS: Array, positions_BS: Array
+        self,
+        hidden_BSD: Array,
+        tokens_BS: Array,
+        segment_ids_BS: Array,
+        positions_BS: Array,
+        *,
+        drop_tokens: bool = False,
     ) -> MTPOutput:
         """Runs the multi-token prediction modules on the trunk's output (DeepSeek-V3 §2.2)."""
         assert self.mtp is not None
         rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
-        ctx = Context(rot, causal_mask(segment_ids_BS), segment_ids_BS > 0, False, 0)
+        keys_BS = self._router_keys(tokens_BS, positions_BS)
+        ctx = Context(rot, causal_mask(segment_ids_BS), segment_ids_BS > 0, keys_BS, False, 0, drop_tokens)
         return self.mtp(hidden_BSD, self.embed(tokens_BS), segment_ids_BS, ctx)
 
 

@@ -6,7 +6,7 @@ B rows of a block.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -149,101 +149,137 @@ def _ragged_weight_gradient(x_TD: Array, dy_TF: Array, group_sizes_E: Array) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocked
 #
-# Sorted rows make every group one contiguous slice, which is cut here into blocks: long ones, and a short one for the
-# rest where it fits. Blocks are written in order and in place. A block that reaches past its group's end, or would
-# reach past the array's and is moved back, keeps by a mask what stands in the rows that are not its own. The
-# loops visit only groups that have rows and slice a group's matrix out once, not once per block.
+# Sorted rows make every group one contiguous slice. It is cut into whole blocks of the longest length, if it has so
+# many rows, and a last block of the shortest length that holds the rest. What was measured on CPUs shaped this:
+# - A product's rate grows with its rows, so a group of about average size is one product, not several.
+# - XLA:CPU runs the body of a loop in one thread only if it has few operations (eight), and hands each operation to
+#   another thread if it has more, which costs more than the product. So there is a flat loop per block length over
+#   the groups whose last block has it, and no choice inside a loop.
+# A block that reaches past its group's end, or would reach past the array's and is moved back, keeps by a mask what
+# stands in the rows that are not its own. Groups without rows are not visited; a visit slices its group's matrix once.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def _block_lengths(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """Rows of a long and of a short block.
-
-    Longer blocks reach a better rate; a group's last block wastes on average half its length. 128 and 32 rows were
-    measured best on CPUs from about 100 rows per group on; below (decoding) a long block holds an average group.
-    """
-    average = -(-num_rows // num_groups)
-    long = min(128, max(8, 1 << (average - 1).bit_length()), num_rows)
-    return long, min(long, max(8, long // 4))
+_LONGEST_BLOCK = 1024
+_BLOCK_FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 7 / 16, 1 / 2, 9 / 16, 5 / 8, 3 / 4, 1)
+"""Lengths, as shares of the longest; they are densest at the average group's size, one half."""
 
 
-def _for_each_group(group_sizes_E: Array, visit: Callable[[Array, Array, Array, Any], Any], carry: Any) -> Any:
-    """Folds `carry = visit(group, start, end, carry)` over the groups that have rows, in order."""
-    group_sizes_E = group_sizes_E.astype(jnp.int32)
-    ends_E = jnp.cumsum(group_sizes_E)
-    present_E = jnp.nonzero(group_sizes_E, size=group_sizes_E.shape[0], fill_value=0)[0]
-
-    def body(index: Array, carry: Any) -> Any:
-        group = present_E[index]
-        return visit(group, ends_E[group] - group_sizes_E[group], ends_E[group], carry)
-
-    return lax.fori_loop(0, jnp.count_nonzero(group_sizes_E), body, carry)
+def _block_lengths(num_rows: int, num_groups: int) -> list[int]:
+    """The lengths of blocks, ascending; the longest is twice the average group's size, within bounds."""
+    longest = min(_LONGEST_BLOCK, 2 * -(-num_rows // num_groups))
+    return sorted({min(num_rows, max(8, 8 * round(longest * share / 8))) for share in _BLOCK_FRACTIONS})
 
 
-def _for_each_block(
-    start: Array, end: Array, lengths: tuple[int, int], visit: Callable[[Array, int, Any], Any], carry: Any
-) -> Any:
-    """Folds `carry = visit(begin, B, carry)` over blocks of B rows that cover [start, end), in order.
+class _Blocks(NamedTuple):
+    """How each group's rows are cut."""
 
-    All are long, save that a remainder that fits a short block gets one.
-    """
-    long, short = lengths
-    num_long = jnp.maximum(0, end - start + long - 1 - short) // long
-    rest = start + num_long * long
-    num_short = (end - rest + short - 1) // short
-    carry = lax.fori_loop(0, num_long, lambda i, carry: visit(start + i * long, long, carry), carry)
-    return lax.fori_loop(0, num_short, lambda i, carry: visit(rest + i * short, short, carry), carry)
+    starts_E: Array
+    rests_E: Array
+    """Where the last block starts."""
+    ends_E: Array
+    whole_E: Array
+    """Number of whole blocks of the longest length, before the last block."""
+    by_length_E: Array
+    """Groups that have rows, ordered by the length of their last block ..."""
+    first: Array
+    """... and where in that order each length begins, and the last one ends."""
+    long_E: Array
+    """Groups that have whole blocks ..."""
+    num_long: Array
+    """... and how many those are."""
 
 
-def _block_mask(begin: Array, end: Array, B: int, num_rows: int) -> tuple[Array, Array]:
-    """Where a block's slice starts so that it fits the array, and which of the slice's rows [B, 1] are the block's."""
-    slot = jnp.minimum(begin, num_rows - B)
+def _cut(group_sizes_E: Array, lengths: list[int]) -> _Blocks:
+    sizes_E = group_sizes_E.astype(jnp.int32)
+    ends_E = jnp.cumsum(sizes_E)
+    starts_E = ends_E - sizes_E
+    whole_E = jnp.maximum(sizes_E - 1, 0) // lengths[-1]
+    rests_E = starts_E + whole_E * lengths[-1]
+    length_E = jnp.searchsorted(jnp.asarray(lengths), ends_E - rests_E)
+    length_E = jnp.where(sizes_E == 0, len(lengths), length_E)
+    by_length_E = jnp.argsort(length_E)
+    first = jnp.searchsorted(length_E[by_length_E], jnp.arange(len(lengths) + 1))
+    long_E = jnp.argsort(whole_E == 0)
+    return _Blocks(starts_E, rests_E, ends_E, whole_E, by_length_E, first, long_E, jnp.count_nonzero(whole_E))
+
+
+def _for_each_last_block(blocks: _Blocks, lengths: list[int], visit: Callable[[Array, int, Array], Array], out: Array):
+    """Folds `out = visit(group, B, out)` over the groups that have rows, whose last block is B rows long."""
+    for i, B in enumerate(lengths):
+
+        def body(index: Array, out: Array, B: int = B) -> Array:
+            return visit(blocks.by_length_E[index], B, out)
+
+        out = lax.fori_loop(blocks.first[i], blocks.first[i + 1], body, out)
+    return out
+
+
+def _for_each_long_group(blocks: _Blocks, visit: Callable[[Array, Array], Array], out: Array) -> Array:
+    """Folds `out = visit(group, out)` over the groups that have whole blocks."""
+    return lax.fori_loop(0, blocks.num_long, lambda index, out: visit(blocks.long_E[index], out), out)
+
+
+def _last_block(blocks: _Blocks, group: Array, B: int, num_rows: int) -> tuple[Array, Array]:
+    """Where the group's last block's slice starts so that it fits the array, and which of its rows [B, 1] are its."""
+    slot = jnp.minimum(blocks.rests_E[group], num_rows - B)
     rows_B1 = slot + jnp.arange(B)[:, None]
-    return slot, (rows_B1 >= begin) & (rows_B1 < end)
+    return slot, (rows_B1 >= blocks.rests_E[group]) & (rows_B1 < blocks.ends_E[group])
 
 
 def _blocked_product(x_TD: Array, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
     num_rows, (num_groups, D, F) = x_TD.shape[0], w_EDF.shape
     lengths = _block_lengths(num_rows, num_groups)
+    blocks = _cut(group_sizes_E, lengths)
     einsum = "BF,DF->BD" if transpose_w else "BD,DF->BF"
 
-    def visit_group(group: Array, start: Array, end: Array, y_TF: Array) -> Array:
-        w_DF = lax.dynamic_index_in_dim(w_EDF, group, keepdims=False)
+    def product(start: Array, B: int, w_DF: Array) -> Array:
+        x_BD = lax.dynamic_slice_in_dim(x_TD, start, B)
+        return jnp.einsum(einsum, x_BD, w_DF, preferred_element_type=_accumulator(x_TD.dtype)).astype(x_TD.dtype)
 
-        def visit_block(begin: Array, B: int, y_TF: Array) -> Array:
-            slot, mask_B1 = _block_mask(begin, end, B, num_rows)
-            x_BD = lax.dynamic_slice_in_dim(x_TD, slot, B)
-            y_BF = jnp.einsum(einsum, x_BD, w_DF, preferred_element_type=_accumulator(x_TD.dtype))
-            y_BF = jnp.where(mask_B1, y_BF.astype(y_TF.dtype), lax.dynamic_slice_in_dim(y_TF, slot, B))
-            return lax.dynamic_update_slice_in_dim(y_TF, y_BF, slot, 0)
+    def last_block(group: Array, B: int, y_TF: Array) -> Array:
+        slot, mask_B1 = _last_block(blocks, group, B, num_rows)
+        y_BF = product(slot, B, lax.dynamic_index_in_dim(w_EDF, group, keepdims=False))
+        y_BF = jnp.where(mask_B1, y_BF, lax.dynamic_slice_in_dim(y_TF, slot, B))
+        return lax.dynamic_update_slice_in_dim(y_TF, y_BF, slot, 0)
 
-        return _for_each_block(start, end, lengths, visit_block, y_TF)
+    def whole_blocks(group: Array, y_TF: Array) -> Array:
+        w_DF, B = lax.dynamic_index_in_dim(w_EDF, group, keepdims=False), lengths[-1]
 
-    return _for_each_group(group_sizes_E, visit_group, jnp.zeros((num_rows, D if transpose_w else F), x_TD.dtype))
+        def block(index: Array, y_TF: Array) -> Array:
+            start = blocks.starts_E[group] + index * B
+            return lax.dynamic_update_slice_in_dim(y_TF, product(start, B, w_DF), start, 0)
+
+        return lax.fori_loop(0, blocks.whole_E[group], block, y_TF)
+
+    y_TF = jnp.zeros((num_rows, D if transpose_w else F), x_TD.dtype)
+    y_TF = _for_each_last_block(blocks, lengths, last_block, y_TF)
+    return _for_each_long_group(blocks, whole_blocks, y_TF)
 
 
 def _blocked_weight_gradient(x_TD: Array, dy_TF: Array, group_sizes_E: Array) -> Array:
     (num_rows, D), F, num_groups = x_TD.shape, dy_TF.shape[1], group_sizes_E.shape[0]
-    long, short = lengths = _block_lengths(num_rows, num_groups)
+    lengths = _block_lengths(num_rows, num_groups)
+    blocks = _cut(group_sizes_E, lengths)
+    accumulator = _accumulator(x_TD.dtype)
 
-    def visit_group(group: Array, start: Array, end: Array, dw_EDF: Array) -> Array:
-        def block_gradient(begin: Array, B: int) -> Array:
-            slot, mask_B1 = _block_mask(begin, end, B, num_rows)
-            x_BD = jnp.where(mask_B1, lax.dynamic_slice_in_dim(x_TD, slot, B), 0)
-            dy_BF = lax.dynamic_slice_in_dim(dy_TF, slot, B)
-            return jnp.einsum("BD,BF->DF", x_BD, dy_BF, preferred_element_type=_accumulator(x_TD.dtype))
+    def product(x_BD: Array, start: Array, B: int) -> Array:
+        dy_BF = lax.dynamic_slice_in_dim(dy_TF, start, B)
+        return jnp.einsum("BD,BF->DF", x_BD, dy_BF, preferred_element_type=accumulator)
 
-        # The first block starts the sum: adding it to zeros costs two more passes over [D, F], as much as a small
-        # group's product.
-        first_is_short = end - start <= short
-        dw_DF = lax.cond(first_is_short, lambda: block_gradient(start, short), lambda: block_gradient(start, long))
-        dw_DF = _for_each_block(
-            jnp.minimum(start + long, end),
-            end,
-            lengths,
-            lambda begin, B, dw_DF: dw_DF + block_gradient(begin, B),
-            dw_DF,
-        )
-        return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dw_EDF.dtype), group, 0)
+    def last_block(group: Array, B: int, dw_EDF: Array) -> Array:
+        slot, mask_B1 = _last_block(blocks, group, B, num_rows)
+        x_BD = jnp.where(mask_B1, lax.dynamic_slice_in_dim(x_TD, slot, B), 0)
+        return lax.dynamic_update_index_in_dim(dw_EDF, product(x_BD, slot, B), group, 0)
 
-    return _for_each_group(group_sizes_E, visit_group, jnp.zeros((num_groups, D, F), x_TD.dtype))
+    def whole_blocks(group: Array, dw_EDF: Array) -> Array:
+        def block(index: Array, dw_DF: Array) -> Array:
+            start = blocks.starts_E[group] + index * lengths[-1]
+            x_BD = lax.dynamic_slice_in_dim(x_TD, start, lengths[-1])
+            return dw_DF + product(x_BD, start, lengths[-1])
+
+        dw_DF = lax.dynamic_index_in_dim(dw_EDF, group, keepdims=False)
+        dw_DF = lax.fori_loop(0, blocks.whole_E[group], block, dw_DF)
+        return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, group, 0)
+
+    dw_EDF = _for_each_last_block(blocks, lengths, last_block, jnp.zeros((num_groups, D, F), accumulator))
+    return _for_each_long_group(blocks, whole_blocks, dw_EDF).astype(x_TD.dtype)

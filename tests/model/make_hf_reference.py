@@ -197,8 +197,8 @@ def our_block(weights: dict[str, np.ndarray], config: transformers.PreTrainedCon
         return matrix.reshape(*shape) if shape else matrix
 
     def swiglu(name: str) -> dict[str, np.ndarray]:
-        gate_up = np.concatenate([linear(f"{name}.gate_proj"), linear(f"{name}.up_proj")], axis=1)
-        return {"gate_up_DF": gate_up, "down_FD": linear(f"{name}.down_proj")}
+        gate_up = np.stack([linear(f"{name}.gate_proj"), linear(f"{name}.up_proj")], axis=1)
+        return {"gate_up_D2F": gate_up, "down_FD": linear(f"{name}.down_proj")}
 
     if "self_attn.kv_b_proj.weight" in weights:
         attention = {
@@ -229,7 +229,8 @@ def our_block(weights: dict[str, np.ndarray], config: transformers.PreTrainedCon
     ours["ffn.router.gate_DE"] = linear("mlp.gate")
     if "mlp.gate.e_score_correction_bias" in weights:
         ours["ffn.router.bias"] = weights["mlp.gate.e_score_correction_bias"]
-    ours["ffn.experts.gate_up_EDF"] = weights["mlp.experts.gate_up_proj"].swapaxes(1, 2)
+    gate_up_EDF = weights["mlp.experts.gate_up_proj"].swapaxes(1, 2)
+    ours["ffn.experts.gate_up_ED2F"] = gate_up_EDF.reshape(*gate_up_EDF.shape[:2], 2, -1)
     ours["ffn.experts.down_EFD"] = weights["mlp.experts.down_proj"].swapaxes(1, 2)
     if "mlp.shared_experts.gate_proj.weight" in weights:
         ours |= {f"ffn.shared.{name}": value for name, value in swiglu("mlp.shared_experts").items()}

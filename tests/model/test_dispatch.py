@@ -1,91 +1,165 @@
-"""Dispatch against a plain loop over tokens and experts.
+"""Dispatch strategies against a plain loop over experts in float64, on one device and on eight.
 
-T tokens, D model, K experts per token, E experts.
+B batch, S sequence, D model, F feed-forward, K experts per token, E experts.
 """
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.dispatch import dispatch
+from moe_jax.config import MeshConfig, MoEConfig
+from moe_jax.model.dispatch import dispatch, sort_by_expert, within_capacity
+from moe_jax.model.moe import run_experts
+from moe_jax.sharding import make_mesh
 
-T, D, K, E = 12, 5, 2, 6
-RNG = np.random.default_rng(0)
-X_TD = RNG.normal(size=(T, D)).astype(np.float32)
-W_EDD = RNG.normal(size=(E, D, D)).astype(np.float32)
-WEIGHTS_TK = RNG.normal(size=(T, K)).astype(np.float32)
-ROUTINGS = {
-    "random": np.stack([RNG.permutation(E)[:K] for _ in range(T)]),
-    "two experts empty": np.stack([RNG.permutation([0, 2, 3, 5])[:K] for _ in range(T)]),
-    "all to the same two": np.tile([4, 1], (T, 1)),
-    "all slots to one": np.full((T, K), 3),
+B, S, D, F, K, E = 8, 6, 4, 6, 2, 8
+CONFIG = MoEConfig(num_experts=E, num_experts_per_token=K, expert_size=F)
+AXES = ("expert", "embed", None, "mlp"), ("expert", "mlp", "embed")
+MESHES = {
+    "one device": MeshConfig(data=1),
+    "data only": MeshConfig(data=8),
+    "experts": MeshConfig(data=1, expert=8),
+    "data, fsdp, experts": MeshConfig(data=2, fsdp=2, expert=2),
+    "experts, tensor": MeshConfig(data=1, expert=4, tensor=2),
 }
 
 
-def experts(w_EDD):
-    """tanh(row · w of the row's expert), with the expert found from the group sizes."""
-
-    def apply(rows_RD, group_sizes_E):
-        expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(rows_RD.shape[0]), side="right")
-        member_RE = jax.nn.one_hot(expert_R, E)
-        return jnp.tanh(jnp.einsum("RD,EDF,RE->RF", rows_RD, w_EDD, member_RE, precision="highest"))
-
-    return apply
-
-
-@jax.jit
-def output_and_gradients(x_TD, w_EDD, weights_TK, experts_TK, cotangent_TD):
-    def combined(x_TD, w_EDD, weights_TK):
-        y_TKD = dispatch(x_TD, experts_TK, E, experts(w_EDD))
-        return jnp.einsum("TKD,TK->TD", y_TKD, weights_TK)
-
-    y_TD, vjp = jax.vjp(combined, x_TD, w_EDD, weights_TK)
-    return y_TD, vjp(cotangent_TD)
+def routings():
+    rng = np.random.default_rng(0)
+    random = np.stack([rng.permutation(E)[:K] for _ in range(B * S)]).reshape(B, S, K)
+    holes = np.where(rng.random((B, S, K)) < 0.4, E, random)
+    return {
+        "random": random,
+        "some to none": holes,
+        "all to two of one shard": np.broadcast_to([5, 4], (B, S, K)),
+        "all to one": np.full((B, S, K), E - 1),
+        "all to none": np.full((B, S, K), E),
+    }
 
 
-def loop(x_TD, w_EDD, weights_TK, experts_TK, cotangent_TD):
-    """Output and gradients by hand in float64: y = Σ_k g tanh(x w), tanh' = 1 - tanh²."""
-    x_TD, w_EDD, weights_TK = (a.astype(np.float64) for a in (x_TD, w_EDD, weights_TK))
-    y, dx, dw, dg = np.zeros((T, D)), np.zeros((T, D)), np.zeros((E, D, D)), np.zeros((T, K))
-    for t in range(T):
-        for k, e in enumerate(experts_TK[t]):
-            h = np.tanh(x_TD[t] @ w_EDD[e])
-            y[t] += weights_TK[t, k] * h
-            dg[t, k] = h @ cotangent_TD[t]
-            dz = weights_TK[t, k] * cotangent_TD[t] * (1 - h**2)
-            dx[t] += w_EDD[e] @ dz
-            dw[e] += np.outer(x_TD[t], dz)
-    return y, (dx, dw, dg)
+ROUTINGS = routings()
 
 
-@pytest.mark.parametrize("experts_TK", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_equals_a_loop_over_experts_gradients_included(experts_TK):
-    cotangent_TD = np.random.default_rng(1).normal(size=(T, D)).astype(np.float32)
-    y, gradients = output_and_gradients(X_TD, W_EDD, WEIGHTS_TK, experts_TK, cotangent_TD)
-    expected, expected_gradients = loop(X_TD, W_EDD, WEIGHTS_TK, experts_TK, cotangent_TD)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    for actual, wanted, name in zip(gradients, expected_gradients, ("x", "w", "weights"), strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5, err_msg=name)
+@functools.cache
+def inputs():
+    rng = np.random.default_rng(1)
+    shapes = (B, S, D), (B, S, K), (E, D, 2, F), (E, F, D)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes], rng.normal(size=(B, S, D))
 
 
-def test_rows_are_sorted_and_complete():
-    """The experts see each token's row once per choice, grouped as the sizes say."""
-    seen = {}
+def loop_over_experts(x_BSD, weights_BSK, gate_up_ED2F, down_EFD, experts_BSK):
+    y_BSD = jnp.zeros_like(x_BSD)
+    for e in range(E):
+        gate, up = (x_BSD @ gate_up_ED2F[e, :, i] for i in range(2))
+        weight_BS = jnp.sum(jnp.where(experts_BSK == e, weights_BSK, 0), axis=-1)
+        y_BSD += weight_BS[..., None] * ((gate * jax.nn.sigmoid(gate) * up) @ down_EFD[e])
+    return y_BSD
 
-    def apply(rows_RD, group_sizes_E):
-        seen.update(rows=np.asarray(rows_RD), sizes=np.asarray(group_sizes_E))
-        return rows_RD
 
-    experts_TK = ROUTINGS["two experts empty"]
-    y_TKD = dispatch(jnp.asarray(X_TD), jnp.asarray(experts_TK), E, apply)
-    np.testing.assert_array_equal(seen["sizes"], np.bincount(experts_TK.ravel(), minlength=E))
-    start = 0
-    for e, size in enumerate(seen["sizes"]):
-        tokens = np.nonzero(experts_TK == e)[0]
-        np.testing.assert_array_equal(seen["rows"][start : start + size], X_TD[tokens])
-        start += size
-    np.testing.assert_array_equal(y_TKD, np.repeat(X_TD[:, None], K, axis=1))
+@functools.cache
+def expected(routing):
+    with jax.enable_x64(True):
+        arrays, cotangent_BSD = inputs()
+        arrays = [jnp.asarray(a, jnp.float64) for a in arrays]
+        y, pull = jax.vjp(lambda *a: loop_over_experts(*a, jnp.asarray(ROUTINGS[routing])), *arrays)
+        return [np.asarray(a) for a in (y, *pull(jnp.asarray(cotangent_BSD)))]
+
+
+@functools.cache
+def compiled(mesh, cfg):
+    def run(x_BSD, weights_BSK, gate_up_ED2F, down_EFD, experts_BSK, cotangent_BSD):
+        def forward(x_BSD, weights_BSK, *arrays):
+            return dispatch(x_BSD, experts_BSK, weights_BSK, arrays, AXES, run_experts, cfg)
+
+        y, pull = jax.vjp(forward, x_BSD, weights_BSK, gate_up_ED2F, down_EFD)
+        return y, *pull(cotangent_BSD.astype(y.dtype))
+
+    arrays, cotangent_BSD = inputs()
+    with jax.set_mesh(make_mesh(MESHES[mesh])):
+        return jax.jit(run).lower(*arrays, ROUTINGS["random"].astype(np.int32), cotangent_BSD).compile()
+
+
+def check(mesh, cfg, routing):
+    arrays, cotangent_BSD = inputs()
+    experts_BSK = ROUTINGS[routing].astype(np.int32)
+    found = compiled(mesh, cfg)(*arrays, experts_BSK, cotangent_BSD.astype(np.float32))
+    for name, a, b in zip(("y", "x", "weights", "gate_up", "down"), found, expected(routing), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=f"{mesh}, {routing}: {name}")
+
+
+@pytest.mark.parametrize("mesh", ["one device", "data only"])
+def test_local_equals_a_loop_over_experts(mesh):
+    for routing in ROUTINGS:
+        check(mesh, CONFIG, routing)
+
+
+@pytest.mark.parametrize("buffer", [1.0, 2.0], ids=["tight", "roomy"])
+@pytest.mark.parametrize("strategy", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("mesh", ["experts", "data, fsdp, experts", "experts, tensor"])
+def test_strategies_equal_a_loop_over_experts(mesh, strategy, buffer):
+    """Nothing is dropped, however uneven the routing and small the buffers."""
+    cfg = dataclasses.replace(CONFIG, dispatch=strategy, dispatch_buffer=buffer)
+    for routing in ROUTINGS:
+        check(mesh, cfg, routing)
+
+
+def collectives(mesh, strategy):
+    text = compiled(mesh, dataclasses.replace(CONFIG, dispatch=strategy)).as_text()
+    return {name for name in ("all-gather", "reduce-scatter", "all-to-all") if f"{name}(" in text}
+
+
+def test_the_config_chooses_the_communication():
+    assert collectives("experts", "all_to_all") == {"all-to-all"}
+    assert {"all-gather", "reduce-scatter"} <= collectives("experts", "all_gather")
+    assert "all-to-all" not in collectives("experts", "all_gather")
+    # K = 2: beyond two shards a token travels less by all-to-all.
+    assert "all-to-all" in collectives("experts", "auto")
+    assert "all-to-all" not in collectives("data, fsdp, experts", "auto")
+    assert collectives("data only", "auto") == set()
+
+
+@pytest.mark.parametrize("mesh", ["experts", "experts, tensor"])
+def test_a_batch_that_does_not_divide(mesh):
+    arrays, _ = inputs()
+    x_BSD, weights_BSK, *weights = arrays
+    experts_BSK = ROUTINGS["random"].astype(np.int32)
+    with jax.set_mesh(make_mesh(MESHES[mesh])):
+        run = jax.jit(lambda x, w, *arrays: dispatch(x, experts_BSK[:3], w, arrays, AXES, run_experts, CONFIG))
+        y_BSD = run(x_BSD[:3], weights_BSK[:3], *weights)
+    np.testing.assert_allclose(y_BSD, expected("random")[0][:3], rtol=1e-4, atol=2e-5)
+
+
+def test_tpus_send_only_rows_that_exist():
+    arrays, _ = inputs()
+    x_BSD, weights_BSK, *weights = arrays
+    cfg = dataclasses.replace(CONFIG, dispatch="all_to_all")
+    experts_BSK = ROUTINGS["random"].astype(np.int32)
+    with jax.set_mesh(make_mesh(MESHES["experts"])):
+        run = jax.jit(lambda x, w, *arrays: dispatch(x, experts_BSK, w, arrays, AXES, run_experts, cfg))
+        traced = run.trace(x_BSD, weights_BSK, *weights)
+        assert "ragged_all_to_all" in traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert "ragged_all_to_all" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sorting_is_stable_and_counts():
+    experts_TK = np.array([[3, 0], [4, 3], [0, 4], [3, 1]])  # 4: none
+    order = sort_by_expert(jnp.asarray(experts_TK), 4)
+    np.testing.assert_array_equal(order.assignment_R, np.argsort(experts_TK.ravel(), kind="stable"))
+    np.testing.assert_array_equal(np.asarray(order.assignment_R)[order.row_TK], np.arange(8).reshape(4, 2))
+    np.testing.assert_array_equal(order.group_sizes_E, [2, 1, 0, 3])
+
+
+def test_sorting_with_more_assignments_than_fit_one_key():
+    # Abstractly: 2^27 assignments of 64 experts.
+    order = jax.eval_shape(lambda e: sort_by_expert(e, 64), jax.ShapeDtypeStruct((2**24, 8), jnp.int32))
+    assert order.row_TK.shape == (2**24, 8)
 
 
 def primitives(jaxpr):
@@ -97,11 +171,41 @@ def primitives(jaxpr):
                     yield from primitives(getattr(inner, "jaxpr", inner))
 
 
-def test_gradient_gathers_and_never_scatters():
-    def loss(x_TD):
-        return jnp.sum(dispatch(x_TD, ROUTINGS["random"], E, lambda rows, sizes: rows * rows))
+def test_gradients_gather_and_do_not_add_by_scatter():
+    """The only scatter is that of int32 row numbers, which inverts a permutation."""
+    (x_BSD, weights_BSK, *arrays), _ = inputs()
 
-    names = set(primitives(jax.make_jaxpr(jax.grad(loss))(X_TD).jaxpr))
-    assert "gather" in names and not any(name.startswith("scatter") for name in names)
-    compiled = jax.jit(jax.grad(loss)).lower(X_TD).compile().as_text()
-    assert "scatter(" not in compiled
+    def loss(x_BSD, weights_BSK):
+        work = lambda rows_RD, weights_R, sizes_E, *_: rows_RD * rows_RD * weights_R[:, None]  # noqa: E731
+        return jnp.sum(dispatch(x_BSD, ROUTINGS["random"], weights_BSK, arrays, AXES, work, CONFIG))
+
+    names = list(primitives(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x_BSD, weights_BSK).jaxpr))
+    assert "gather" in names and "scatter-add" not in names and names.count("scatter") == 1
+
+
+# Capacity ------------------------------------------------------------------------------------------------------------
+
+
+def drop_by_hand(experts_TK, affinity_TK, unit_size, units, factor):
+    kept = experts_TK.copy()
+    capacity = np.ceil(factor * np.sum(experts_TK < unit_size * units) / units)
+    for unit in range(units):
+        mine = [(affinity_TK[i], i) for i in np.ndindex(*experts_TK.shape) if experts_TK[i] // unit_size == unit]
+        for _, i in sorted(mine, reverse=True)[int(capacity) :]:
+            kept[i] = unit_size * units
+    return kept
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.3, 100.0])
+def test_capacity_drops_the_lowest_affinities(groups, factor):
+    cfg = dataclasses.replace(CONFIG, num_groups=groups, num_groups_per_token=groups, capacity_factor=factor)
+    units = groups if groups > 1 else E
+    rng = np.random.default_rng(3)
+    # Uneven, and some tokens are padding.
+    experts_TK = np.minimum(np.stack([rng.permutation(E)[:K] for _ in range(40)]), rng.integers(3, E, (40, 1)))
+    experts_TK[30:] = E
+    affinity_TK = rng.random((40, K)).astype(np.float32)
+    found = jax.jit(functools.partial(within_capacity, cfg=cfg))(jnp.asarray(experts_TK), jnp.asarray(affinity_TK))
+    np.testing.assert_array_equal(found, drop_by_hand(experts_TK, affinity_TK, E // units, units, factor))
+    assert (factor < 100) == bool(np.any(np.asarray(found) != experts_TK))

@@ -40,8 +40,8 @@ def test_rmsnorm_computes_in_float32_and_keeps_the_dtype():
 def test_swiglu_matches_float64():
     ffn = SwiGLU(6, 10, Initializer(ModelConfig(initializer_range=0.5), nnx.Rngs(0)))
     x = np.random.default_rng(0).normal(size=(2, 3, 6))
-    gate_up, down = np.asarray(ffn.gate_up_DF[...], np.float64), np.asarray(ffn.down_FD[...], np.float64)
-    gate, up = x @ gate_up[:, :10], x @ gate_up[:, 10:]
+    gate_up, down = np.asarray(ffn.gate_up_D2F[...], np.float64), np.asarray(ffn.down_FD[...], np.float64)
+    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
     expected = (gate / (1 + np.exp(-gate)) * up) @ down
     np.testing.assert_allclose(ffn(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
 

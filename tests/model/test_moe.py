@@ -23,11 +23,12 @@ CONFIG = MoEConfig(
 )
 X_BSD = np.random.default_rng(0).normal(size=(B, S, D)).astype(np.float32)
 VALID_BS = np.arange(S) < np.array([[6], [4], [0]])
+KEYS_BS = np.zeros((B, S), np.int32)
 
 
 @jax.jit
 def call(layer, x_BSD):
-    return layer(x_BSD, VALID_BS)
+    return layer(x_BSD, VALID_BS, KEYS_BS, 0, False)
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def build(moe=CONFIG):
 
 
 def swiglu(x, gate_up, down):
-    gate, up = np.split(x @ gate_up, 2, axis=-1)
+    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
     return (gate / (1 + np.exp(-gate)) * up) @ down
 
 
@@ -53,12 +54,12 @@ def loop(layer):
         x = X_BSD[b, s].astype(np.float64)
         scores = 1 / (1 + np.exp(-x @ f64(layer.router.gate_DE)))
         chosen = np.argsort(scores + f64(layer.router.bias))[-K:]
-        for e in chosen:
+        for e in chosen if VALID_BS[b, s] else []:  # no expert works on padding
             weight = 1.5 * scores[e] / scores[chosen].sum()
-            y_BSD[b, s] += weight * swiglu(x, f64(layer.experts.gate_up_EDF)[e], f64(layer.experts.down_EFD)[e])
-            counts_BE[b, e] += VALID_BS[b, s]
+            y_BSD[b, s] += weight * swiglu(x, f64(layer.experts.gate_up_ED2F)[e], f64(layer.experts.down_EFD)[e])
+            counts_BE[b, e] += 1
         if layer.shared is not None:
-            y_BSD[b, s] += swiglu(x, f64(layer.shared.gate_up_DF), f64(layer.shared.down_FD))
+            y_BSD[b, s] += swiglu(x, f64(layer.shared.gate_up_D2F), f64(layer.shared.down_FD))
     return y_BSD, counts_BE
 
 
@@ -73,8 +74,21 @@ def test_equals_a_loop(shared):
 
 
 def test_shared_experts_are_one_wide_feed_forward():
-    assert build().shared.gate_up_DF.shape == (D, 2 * 2 * F)
+    assert build().shared.gate_up_D2F.shape == (D, 2, 2 * F)
     assert build(dataclasses.replace(CONFIG, num_shared_experts=0)).shared is None
+
+
+def test_capacity_applies_where_it_is_asked_for():
+    layer = build(dataclasses.replace(CONFIG, num_shared_experts=0, capacity_factor=0.5))
+    run = jax.jit(lambda layer, drop: layer(X_BSD, VALID_BS, KEYS_BS, 0, drop), static_argnums=1)
+    whole, free = run(layer, False)
+    y_BSD, stats = run(layer, True)
+    assert np.sum(free.dropped_B) == 0
+    # Six experts keep two of 20 assignments each: ⌈0.5 · 20 / 6⌉.
+    assert 20 - 6 * 2 <= np.sum(stats.dropped_B) < 20 and stats.dropped_B[2] == 0
+    np.testing.assert_array_equal(stats.counts_BE, free.counts_BE)  # the router's own load is not changed
+    same_BS = np.all(np.isclose(y_BSD, whole, atol=1e-6), axis=-1)
+    assert not np.all(same_BS[VALID_BS]) and np.any(np.abs(y_BSD) > 0)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,7 @@ def gradients():
     @jax.jit
     def both(params):
         def losses(params):
-            y_BSD, stats = nnx.merge(graph, params, rest)(X_BSD, VALID_BS)
+            y_BSD, stats = nnx.merge(graph, params, rest)(X_BSD, VALID_BS, KEYS_BS, 0, False)
             balance = sequence_balance_loss(stats.unbiased_counts_BE, stats.affinity_BE, stats.tokens_B, K)
             return jnp.sum(y_BSD**2), balance.sum / balance.count
 

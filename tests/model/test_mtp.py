@@ -67,7 +67,7 @@ def test_follows_the_papers_recurrence(model):
             x = jnp.concatenate(joined, axis=-1) @ mtp.projection_N2DD[...][k - 1]
             ones = jnp.ones((B, length), jnp.int32)
             rot = rotation(jnp.cumsum(ones, axis=1) - 1, a.rope, a.qk_rope_head_dim)
-            x, _, _ = block(x, Context(rot, causal_mask(ones), ones > 0, False, None))
+            x, _, _ = block(x, Context(rot, causal_mask(ones), ones > 0, ones, False, 0, False))
             hidden = output_norm(x)
             outputs.append(hidden)
         return outputs
@@ -132,7 +132,7 @@ def test_gradient_reaches_the_modules_the_shared_parts_and_the_trunk(random_mode
         return losses[1].mean() + losses[2].mean()
 
     found = {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(gradient(params))}
-    assert {"embed_VD", "head_DV", "mtp.projection_N2DD", "dense_blocks.ffn.gate_up_DF", "norm.weight"} <= found.keys()
+    assert {"embed_VD", "head_DV", "mtp.projection_N2DD", "dense_blocks.ffn.gate_up_D2F", "norm.weight"} <= found.keys()
     for name, g in found.items():
         assert np.all(np.isfinite(g)) and np.abs(g).max() > 1e-6, name
     for module in found["mtp.projection_N2DD"]:

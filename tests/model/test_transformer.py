@@ -4,6 +4,7 @@ B batch, S sequence, N new tokens, V vocabulary.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RoPEConfig
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RoPEConfig
 from moe_jax.model.definition import Definition
+from moe_jax.model.router import fixed_experts
 from moe_jax.model.transformer import Transformer, make_cache
 
 V, S, N = 23, 5, 6
@@ -151,6 +153,62 @@ def test_packed_documents_are_those_alone(random_model):
     assert stats.counts_BE.shape == (2, B, 6)
 
 
+CONTROL = dataclasses.replace(MOE, selection_bias=False, sequence_balance_coef=0.0)
+
+
+def test_hash_routing_goes_by_token_and_layer_also_when_decoding(random_model):
+    cfg = dataclasses.replace(
+        CONFIGS["mla, moe, yarn"], moe=dataclasses.replace(CONTROL, routing="hash"), mtp=MTPConfig(depth=1)
+    )
+    model = random_model(cfg)
+    tokens = np.random.default_rng(3).integers(0, V, (B, S + N)).astype(np.int32)
+
+    @jax.jit
+    def run(model, tokens_BS):
+        output = model(tokens_BS)
+        ones_BS = jnp.ones(tokens_BS.shape, jnp.int32)
+        return output.router, model.predict_ahead(output.hidden_BSD, tokens_BS, ones_BS, jnp.cumsum(ones_BS, 1)).router
+
+    @jax.jit
+    def step(model, tokens_BS, cache):
+        output = model(tokens_BS, cache=cache)
+        return output.router, output.cache
+
+    trunk, ahead = run(model, tokens)
+    experts_LBSK = np.concatenate([trunk.experts_BSK, ahead.experts_BSK])
+    for layer, experts_BSK in enumerate(experts_LBSK):
+        wanted = np.asarray(fixed_experts(tokens.ravel(), layer, cfg.moe)).reshape(B, S + N, 2)
+        counted = slice(0, S + N - (layer == 2))  # the module's last position has no token ahead
+        np.testing.assert_array_equal(experts_BSK[:, counted], wanted[:, counted])
+    assert not np.array_equal(experts_LBSK[0], experts_LBSK[1])
+    _, cache = prefill(model, tokens[:, :S], np.ones((B, S), np.int32))
+    decoded, _ = step(model, tokens[:, S : S + 1], cache)
+    np.testing.assert_array_equal(decoded.experts_BSK[:, :, 0], experts_LBSK[:2, :, S])
+
+
+def test_uniform_routing_goes_by_position_and_loads_full_rows_evenly(random_model):
+    cfg = dataclasses.replace(CONFIGS["mla, moe, yarn"], moe=dataclasses.replace(CONTROL, routing="uniform"))
+    stats = jax.jit(lambda model, tokens_BS: model(tokens_BS).router)(random_model(cfg), np.zeros((B, 9), np.int32))
+    np.testing.assert_array_equal(stats.counts_BE, np.full((2, B, 6), 3))
+
+
+def test_tokens_are_dropped_only_when_asked_to(random_model):
+    """What a row means must not depend on the rest of the batch, but in the training loss."""
+    cfg = dataclasses.replace(CONFIGS["mla, moe, yarn"], moe=dataclasses.replace(MOE, capacity_factor=0.5))
+    tokens = np.random.default_rng(4).integers(0, V, (B, S)).astype(np.int32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(model, drop_tokens):
+        output = model(tokens, drop_tokens=drop_tokens)
+        return output.hidden_BSD, output.router.dropped_B
+
+    model = random_model(cfg)
+    kept, none = run(model, False)
+    some, dropped = run(model, True)
+    assert np.sum(none) == 0 and np.all(np.sum(dropped, axis=1) > 0)
+    assert not np.allclose(kept, some, atol=1e-3)
+
+
 def test_remat_changes_neither_loss_nor_gradients(random_model):
     tokens = np.random.default_rng(2).integers(0, V, (B, S)).astype(np.int32)
     results = {}
@@ -197,8 +255,8 @@ def test_tied_head_is_the_embedding(random_model):
 def test_dense_and_sparse_layers_are_where_the_config_says():
     cfg = dataclasses.replace(CONFIGS["mla, moe, yarn"], num_layers=5, first_k_dense=2)
     shapes = {name: v.shape for name, v in Definition.of(cfg).variables.items()}
-    assert shapes["dense_blocks.ffn.gate_up_DF"] == (2, 12, 28)
-    assert shapes["moe_blocks.ffn.experts.gate_up_EDF"] == (3, 6, 12, 14)
+    assert shapes["dense_blocks.ffn.gate_up_D2F"] == (2, 12, 2, 14)
+    assert shapes["moe_blocks.ffn.experts.gate_up_ED2F"] == (3, 6, 12, 2, 7)
     assert shapes["moe_blocks.ffn.router.bias"] == (3, 6)
     dense = Definition.of(CONFIGS["mla, dense, tied"])
     assert not any(name.startswith(("moe_blocks", "mtp")) for name in dense.variables)
