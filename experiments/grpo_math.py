@@ -165,7 +165,7 @@ class Laboratory:
             make_totals(self.definition),
             self.optimizer,
             accumulation_steps=cfg.pretrain.accumulation_steps,
-            bias_update_rate=cfg.model.moe.bias_update_rate,
+            balance=cfg.model.moe,
         )
         self.trainer = PolicyTrainer(self.definition, cfg.rl, self.tokenizer, cfg.prompt_length)
         self.sample = make_generator(self.definition, cfg.rl.sampling, self.tokenizer, cfg.evaluation.samples)

@@ -90,7 +90,7 @@ def experiment(cfg: Config, session: Session) -> None:
         make_totals(definition),
         optimizer,
         accumulation_steps=train.accumulation_steps,
-        bias_update_rate=cfg.model.moe.bias_update_rate,
+        balance=cfg.model.moe,
     )
     bits_per_byte = BitsPerByte(definition, tokenizer.token_bytes_V, banned)
 

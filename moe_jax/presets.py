@@ -4,9 +4,9 @@ A preset says what a model *is*: its sizes, its router, its rotary embedding, as
 configuration state them. How it is computed (`dtype`, `remat`) is left at the default, for the experiment to choose. A
 value marked "unverified" was not found in a primary source.
 
-Of a model's balance losses only the sequence-wise one is part of `ModelConfig`. V2's device-level and communication
-losses, OLMoE's router z-loss and the loss of Mixtral, Qwen3 and OLMoE, which pools all layers before it multiplies, are
-not.
+Balance losses are those that a model's report or training configuration states. What Mixtral and Qwen3 were balanced
+with is not stated in full, so theirs are off: the `router_aux_loss_coef` of their releases belongs to a loss of the
+library that pools all layers before it multiplies, and is K times the ones here (see `losses/balance.py`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def tiny_moe() -> ModelConfig:
             num_experts_per_token=2,
             num_shared_experts=1,
             expert_size=64,
-            # Mean of 1 / ‖normalised gates‖ over Gaussian logits, which gives the sum of the routed experts the size of
-            # one expert's output (arXiv:2502.16982): 1.41 for the best 2 of 8, 2.446 for Moonlight's 6 of 64.
-            routed_scaling_factor=1.41,
+            routed_scaling_factor=1.41,  # router.estimated_scaling_factor for the best 2 of 8
         ),
         mtp=MTPConfig(depth=1),
         max_position=1024,
@@ -102,7 +100,9 @@ def deepseek_v2_lite() -> ModelConfig:
 def deepseek_v2() -> ModelConfig:
     """DeepSeek-V2: 236B parameters, 21B active (arXiv:2405.04434).
 
-    `mscale` is 0.707 as in the report and the released V2 and V2-Chat; Coder-V2-Instruct has 1.0.
+    `mscale` is 0.707 as in the report and the released V2 and V2-Chat; Coder-V2-Instruct has 1.0. In training V2 also
+    dropped tokens beyond a capacity of 1.0 per device, but for about a tenth of the sequences: `moe.capacity_factor`
+    drops in all of them, and is left off.
     """
     return ModelConfig(
         vocab_size=102_400,
@@ -134,6 +134,8 @@ def deepseek_v2() -> ModelConfig:
             selection_bias=False,
             bias_update_rate=0.0,
             sequence_balance_coef=0.003,  # the expert-level balance factor α1
+            device_balance_coef=0.05,
+            communication_balance_coef=0.02,
         ),
         max_position=163_840,
         rms_norm_eps=1e-6,
@@ -212,9 +214,10 @@ def moonlight_16b_a3b() -> ModelConfig:
             expert_size=1408,
             score="sigmoid",
             normalize_weights=True,
-            routed_scaling_factor=2.446,
+            routed_scaling_factor=2.446,  # router.estimated_scaling_factor finds it
             selection_bias=True,
             bias_update_rate=0.001,  # unverified: V3's
+            bias_zero_mean=True,
             sequence_balance_coef=1e-4,  # unverified: V3's
         ),
         max_position=8192,
@@ -350,7 +353,12 @@ def olmoe_1b_7b() -> ModelConfig:
         intermediate_size=0,
         first_k_dense=0,
         attention=AttentionConfig(kind="gqa", num_heads=16, num_kv_heads=16, head_dim=128, qk_norm="full"),
-        moe=_softmax_experts(64, 8, 1024, normalize_weights=False),
+        # moe_loss_weight 0.01 and moe_zloss_weight 0.001; MegaBlocks and OLMo take means over the 16 layers, we sums.
+        moe=dataclasses.replace(
+            _softmax_experts(64, 8, 1024, normalize_weights=False),
+            expert_balance_coef=0.01 / 16,
+            z_loss_coef=0.001 / 16,
+        ),
         max_position=4096,
         rms_norm_eps=1e-5,
     )
@@ -480,7 +488,7 @@ def _yarn(mscale: float) -> RoPEConfig:
 def _softmax_experts(
     num_experts: int, num_experts_per_token: int, expert_size: int, *, normalize_weights: bool
 ) -> MoEConfig:
-    """Experts of Mixtral, Qwen3 and OLMoE: none shared, no balancing bias, no sequence-wise balance loss."""
+    """Experts of Mixtral, Qwen3 and OLMoE: none shared, no balancing bias, no balance loss."""
     return MoEConfig(
         num_experts=num_experts,
         num_experts_per_token=num_experts_per_token,

@@ -7,6 +7,7 @@ from flax import nnx
 from moe_jax import presets
 from moe_jax.analysis.flops import parameter_counts
 from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.model.router import estimated_scaling_factor
 from moe_jax.model.transformer import Transformer
 
 
@@ -74,6 +75,20 @@ def test_groups_are_scored_as_published():
 def test_sequence_balance_loss_is_on_only_where_the_recipe_has_it():
     on = {name for name in ROUTERS if presets.get(name).moe.sequence_balance_coef}
     assert on == set(ROUTERS) - {"mixtral_8x7b", "mixtral_8x22b", "qwen3_30b_a3b", "olmoe_1b_7b"}
+
+
+def test_other_balance_losses_and_the_zero_mean_bias():
+    v2, olmoe = presets.deepseek_v2().moe, presets.olmoe_1b_7b()
+    assert (v2.device_balance_coef, v2.communication_balance_coef) == (0.05, 0.02)
+    assert olmoe.moe.expert_balance_coef * olmoe.num_moe_layers == pytest.approx(0.01)
+    assert olmoe.moe.z_loss_coef * olmoe.num_moe_layers == pytest.approx(0.001)
+    assert {name for name in ROUTERS if presets.get(name).moe.bias_zero_mean} == {"moonlight_16b_a3b"}
+
+
+@pytest.mark.parametrize("name", ["tiny_moe", "moonlight_16b_a3b", "kimi_k2"])
+def test_scaling_factors_are_those_of_moonlights_rule(name):
+    moe = presets.get(name).moe
+    assert estimated_scaling_factor(moe) == pytest.approx(moe.routed_scaling_factor, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -49,6 +49,23 @@ class Series:
     """Not-a-number where there is no value."""
     color: str
     style: str = "-"
+    low: Sequence[float] = ()
+    """With `high`: borders of a band around the line."""
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cross in a plane: a mean with its interval in both directions, and the single results it is made of."""
+
+    label: str
+    x: Mapping[str, float]
+    """With "mean", "low" and "high"; an interval that is not finite is left out."""
+    y: Mapping[str, float]
+    xs: Sequence[float]
+    ys: Sequence[float]
+    color: str
+    marker: str = "o"
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,8 @@ class Panel:
     share: bool = False
     """The values are shares: shown in percent, on an axis from 0 to 100 %."""
     from_zero: bool = False
+    joined: bool = False
+    """The values are joined as they are, not smoothed."""
     note: str = ""
     """A remark above the axes."""
 
@@ -247,6 +266,33 @@ def plot_expert_load(rows: Rows, path: Path) -> bool:
     return True
 
 
+def plot_points(path: Path, title: str, points: Sequence[Point], xlabel: str, ylabel: str) -> None:
+    """Writes one PNG of means with their intervals in a plane, over pale single results."""
+    figure, (ax,) = _figure(title, 1)
+    for point in points:
+        ax.scatter(point.xs, point.ys, s=12, color=point.color, marker=point.marker, alpha=0.35, linewidths=0)
+        errors = [
+            [[value["mean"] - value["low"]], [value["high"] - value["mean"]]] if math.isfinite(value["low"]) else None
+            for value in (point.x, point.y)
+        ]
+        ax.errorbar(
+            point.x["mean"],
+            point.y["mean"],
+            xerr=errors[0],
+            yerr=errors[1],
+            fmt=point.marker,
+            color=point.color,
+            capsize=3,
+            label=point.label,
+        )
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, alignment="left")
+    _save(figure, path)
+
+
 _FEWEST_TO_SMOOTH = 10
 """Fewer values are joined as they are."""
 
@@ -303,7 +349,10 @@ def _draw(ax: Axes, panel: Panel) -> None:
             ax.plot(curve.steps, values, "o-", color=curve.color, label=curve.label)
             continue
         ax.scatter(curve.steps, values, s=size, color=curve.color, alpha=0.3, linewidths=0)
-        line = smooth(values) if len(values) >= _FEWEST_TO_SMOOTH else values
+        smoothed = len(values) >= _FEWEST_TO_SMOOTH and not panel.joined
+        line, low, high = (smooth(y) if smoothed else y for y in (values, curve.low, curve.high))
+        if len(curve.low):
+            ax.fill_between(curve.steps, low, high, color=curve.color, alpha=0.15, linewidth=0)
         ax.plot(curve.steps, line, curve.style, color=curve.color, linewidth=2, label=curve.label)
     ax.set_ylabel(panel.ylabel)
     if panel.share:

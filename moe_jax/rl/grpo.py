@@ -19,6 +19,7 @@ from moe_jax.data.problem_text import encode_prompt
 from moe_jax.data.problems import Problem
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.losses import masked_sum
+from moe_jax.losses.balance import RouterLoad, router_load
 from moe_jax.losses.policy import group_advantages, policy_loss
 from moe_jax.model.definition import Arrays, Definition
 from moe_jax.ops.token_logprobs import token_logprobs
@@ -36,7 +37,7 @@ class Totals(NamedTuple):
     sequences: Array
 
 
-def totals(batch: Batch) -> Totals:
+def totals(params: Arrays, rest: Arrays, batch: Batch, accumulation_steps: int) -> Totals:
     mask_BN = batch["mask_BN"]
     return Totals(
         jnp.maximum(jnp.sum(mask_BN, dtype=jnp.float32), 1),
@@ -46,8 +47,8 @@ def totals(batch: Batch) -> Totals:
 
 def completion_logprobs(
     definition: Definition, params: Arrays, rest: Arrays, batch: Batch, pad_id: int, with_entropy: bool = False
-) -> tuple[Any, dict[str, Array]]:
-    """Log-probabilities (and entropies) of the completions' tokens, [B, N], and the routers' counts [L, E]."""
+) -> tuple[Any, dict[str, RouterLoad]]:
+    """Log-probabilities (and entropies) of the completions' tokens, [B, N], and the routers' load."""
     model = definition.merge(params, rest)
     output = model(batch["tokens_BS"], segment_ids_BS=batch["segment_ids_BS"])
     N = batch["mask_BN"].shape[1]
@@ -59,10 +60,7 @@ def completion_logprobs(
         shards=batch_shards(len(batch["tokens_BS"])),
         with_entropy=with_entropy,
     )
-    counts = {}
-    if output.router is not None:
-        counts["moe_blocks.ffn.router.bias"] = jnp.sum(output.router.counts_BE, axis=1)
-    return result, counts
+    return result, {} if output.router is None else {"moe_blocks": router_load(output.router)}
 
 
 def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
@@ -73,7 +71,7 @@ def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
     """
 
     def loss(params: Arrays, rest: Arrays, batch: Batch, totals: Totals) -> LossOutput:
-        result, counts = completion_logprobs(definition, params, rest, batch, pad_id, with_entropy=True)
+        result, routers = completion_logprobs(definition, params, rest, batch, pad_id, with_entropy=True)
         mask_BN = batch["mask_BN"]
         policy = policy_loss(
             result.logprobs,
@@ -94,7 +92,7 @@ def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
         }
         largest = jnp.max(jnp.where(mask_BN, difference_BN, 0.0))
         maxima = {"sampling/sampling_logp_difference/max": jax.lax.stop_gradient(largest)}
-        return LossOutput(policy.loss.sum / count, metrics, counts, maxima)
+        return LossOutput(policy.loss.sum / count, metrics, routers, maxima)
 
     return loss
 

@@ -14,8 +14,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.config import MoEConfig
 from moe_jax.losses import SumCount
-from moe_jax.losses.balance import max_violation
+from moe_jax.losses.balance import RouterLoad, load_metrics
 from moe_jax.model.definition import Arrays, Definition
 from moe_jax.model.router import updated_bias
 
@@ -42,8 +43,8 @@ class LossOutput(NamedTuple):
 
     loss: Array
     metrics: dict[str, SumCount]
-    counts: dict[str, Array]
-    """Assignments to each expert, [L, E], by the name of the router bias that they balance."""
+    routers: dict[str, RouterLoad]
+    """Load of the sparse layers, by the name of their stack of blocks ("moe_blocks", "mtp.blocks")."""
     maxima: dict[str, Array]
     """Metrics of which the batch's is the largest of the micro-batches'."""
 
@@ -56,6 +57,12 @@ def _combine(a: LossOutput, b: LossOutput) -> LossOutput:
 class Loss(Protocol):
     def __call__(self, params: Arrays, rest: Arrays, batch: Batch, totals: Any) -> LossOutput:
         """This micro-batch's part of the loss of a batch whose counts are `totals`."""
+        ...
+
+
+class CountTotals(Protocol):
+    def __call__(self, params: Arrays, rest: Arrays, batch: Batch, accumulation_steps: int) -> Any:
+        """What the parts of a loss need to know of the whole batch, e.g. what its sums are divided by."""
         ...
 
 
@@ -91,25 +98,31 @@ def _moment_shardings(opt_state: Any, definition: Definition, mesh: Mesh) -> Any
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """The batch's rows in `count` micro-batches, [M, B/M, ...]; interleaved, so that each has rows of every shard."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+
+
 def make_update(
     loss: Loss,
-    totals: Callable[[Batch], Any],
+    totals: CountTotals,
     optimizer: optax.GradientTransformation,
     *,
     accumulation_steps: int = 1,
-    bias_update_rate: float = 0.0,
+    balance: MoEConfig | None = None,
 ) -> Update:
     """One optimizer step on one batch: gradients (accumulated over micro-batches), update, balancing bias.
 
-    Router biases move by the counts of the whole batch: every device, every micro-batch (DeepSeek-V3 eq. 16). The
-    function is jitted; the batch's arrays have B first, divisible by `accumulation_steps`.
+    Router biases move by the counts of the whole batch: every device, every micro-batch (DeepSeek-V3 eq. 16), as
+    `balance` says; without it they stand still. The function is jitted; the batch's arrays have B first, divisible by
+    `accumulation_steps`.
 
-    Metrics are means over what each counts, with `grad_norm` (before clipping), `moe/max_violation` (mean over layers)
-    and `moe/expert_load` ([L, E], 1 is balanced), for the modules of multi-token prediction `mtp/…`.
+    Metrics are means over what each counts, with `grad_norm` (before clipping) and the figures of
+    `losses.balance.load_metrics` as `moe/…`, for the modules of multi-token prediction `mtp/…`.
     """
 
     def gradients(params: Arrays, rest: Arrays, batch: Batch) -> tuple[Arrays, LossOutput]:
-        total = totals(batch)
+        total = totals(params, rest, batch, accumulation_steps)
 
         def scalar(params: Arrays, micro: Batch) -> tuple[Array, LossOutput]:
             output = loss(params, rest, micro, total)
@@ -118,8 +131,7 @@ def make_update(
         if accumulation_steps == 1:
             gradient, output = jax.grad(scalar, has_aux=True)(params, batch)
             return gradient, output
-        # Interleaved, so that each micro-batch has rows of every shard.
-        micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1), batch)
+        micros = micro_batches(batch, accumulation_steps)
         grad = jax.grad(scalar, has_aux=True)
 
         def step(sums: tuple[Arrays, LossOutput], micro: Batch) -> tuple[tuple[Arrays, LossOutput], None]:
@@ -135,15 +147,14 @@ def make_update(
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, changes)
         rest = dict(state.rest)
-        if bias_update_rate:
-            for name in rest:
-                rest[name] = updated_bias(rest[name], output.counts[name], bias_update_rate)
         metrics = {name: value.mean() for name, value in output.metrics.items()}
         metrics |= output.maxima | {"loss": output.loss, "grad_norm": optax.tree.norm(gradient)}
-        for name, counts_LE in output.counts.items():
-            room = "mtp" if name.startswith("mtp") else "moe"
-            metrics[f"{room}/max_violation"] = jnp.mean(max_violation(counts_LE))
-            metrics[f"{room}/expert_load"] = counts_LE / jnp.maximum(jnp.mean(counts_LE, axis=1, keepdims=True), 1)
+        for name, load in output.routers.items():
+            room, bias = "mtp" if name.startswith("mtp") else "moe", f"{name}.ffn.router.bias"
+            if bias in rest and balance is not None and balance.bias_update_rate:
+                counts_LE, rate = load.counts_LE, balance.bias_update_rate
+                rest[bias] = updated_bias(rest[bias], counts_LE, rate, balance.bias_zero_mean)
+            metrics |= {f"{room}/{key}": value for key, value in load_metrics(load, rest.get(bias)).items()}
         return TrainState(state.step + 1, params, rest, opt_state), metrics
 
     return jax.jit(update, donate_argnums=0)

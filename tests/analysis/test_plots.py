@@ -7,7 +7,18 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from moe_jax.analysis.plots import Level, Panel, Series, plot_curves, plot_expert_load, plot_grpo, series, smooth
+from moe_jax.analysis.plots import (
+    Level,
+    Panel,
+    Point,
+    Series,
+    plot_curves,
+    plot_expert_load,
+    plot_grpo,
+    plot_points,
+    series,
+    smooth,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVALUATION = {"mean": 0.4, "low": 0.35, "high": 0.45}
@@ -139,3 +150,26 @@ def test_smoothing_keeps_lines_and_averages_noise():
     gap[[3, 20]] = math.nan
     np.testing.assert_allclose(smooth(gap), line, atol=1e-9)
     assert np.isnan(smooth([1.0, math.nan])).all()
+
+
+def test_a_band_lies_around_its_curve(tmp_path, figures):
+    values = np.sin(np.arange(30.0))
+    band = Series("a", range(30), values.tolist(), "#000000", low=(values - 1).tolist(), high=(values + 1).tolist())
+    assert plot_curves(tmp_path / "x.png", "Title", [Panel("loss", [band], joined=True)])
+    (ax,) = figures["x.png"].axes
+    (line,) = ax.lines
+    np.testing.assert_array_equal(line.get_ydata(), values)  # joined: not smoothed
+    corners = ax.collections[1].get_paths()[0].vertices
+    assert corners[:, 1].min() == values.min() - 1 and corners[:, 1].max() == values.max() + 1
+
+
+def test_points_show_intervals_that_are_finite(tmp_path, figures):
+    known, unknown = EVALUATION, {"mean": 0.2, "low": math.nan, "high": math.nan}
+    points = [
+        Point("a", known, known, [0.3, 0.5], [0.3, 0.5], "#000000"),
+        Point("b", unknown, known, [], [], "#0072B2"),
+    ]
+    plot_points(tmp_path / "x.png", "Title", points, "violation", "loss")
+    (ax,) = figures["x.png"].axes
+    assert {"a", "b", "violation", "loss"} <= set(labels(figures["x.png"]))
+    assert [(container.has_xerr, container.has_yerr) for container in ax.containers] == [(True, True), (False, True)]

@@ -25,7 +25,15 @@ CONFIG = ModelConfig(
     intermediate_size=12,
     attention=AttentionConfig(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4),
     moe=MoEConfig(
-        num_experts=4, num_experts_per_token=2, num_shared_experts=1, expert_size=6, sequence_balance_coef=0.1
+        num_experts=4,
+        num_experts_per_token=2,
+        num_shared_experts=1,
+        expert_size=6,
+        sequence_balance_coef=0.1,
+        global_balance_coef=0.05,
+        z_loss_coef=0.01,
+        bias_update_rate=RATE,
+        bias_zero_mean=True,
     ),
     mtp=MTPConfig(depth=1),
     initializer_range=0.3,
@@ -54,21 +62,21 @@ def batches():
     return result
 
 
-def train(mesh_cfg, accumulation_steps=1):
+def train(mesh_cfg, accumulation_steps=1, cfg=TRAINED, steps=STEPS):
     """Metrics of each step, and the last state, as numpy."""
-    mesh, definition = make_mesh(mesh_cfg), Definition.of(TRAINED)
+    mesh, definition = make_mesh(mesh_cfg), Definition.of(cfg)
     optimizer = make_optimizer(OPTIMIZER, 100, definition)
     update = make_update(
         make_loss(definition, banned_ids=(0,)),
         make_totals(definition),
         optimizer,
         accumulation_steps=accumulation_steps,
-        bias_update_rate=RATE,
+        balance=cfg.moe,
     )
     history = []
     with jax.set_mesh(mesh):
         state = init_state(definition, optimizer, jax.random.key(0), mesh)
-        for batch in batches():
+        for batch in batches()[:steps]:
             state, metrics = update(state, put_batch(batch, mesh))
             history.append(jax.device_get(metrics))
     return history, jax.device_get(state)
@@ -101,16 +109,75 @@ def test_same_numbers_on_any_mesh_and_with_accumulation(one_device, mesh_cfg, ac
 
 def test_every_part_of_the_loss_is_there(one_device):
     history, _state = one_device
-    for metrics in history:
+    for batch, metrics in zip(batches(), history, strict=True):
+        segments = batch["segment_ids_BS"]
+        tokens = np.sum(segments > 0)
+        tokens_ahead = np.sum((segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
         assert metrics["loss_main"] > 1 and metrics["loss_mtp_1"] > 1
-        balance = metrics["loss_balance/moe_blocks"] + metrics["loss_balance/mtp.blocks"]
-        assert metrics["loss_balance/moe_blocks"] >= 0.9 and metrics["loss_balance/mtp.blocks"] >= 0.9
-        total = metrics["loss_main"] + 0.3 * metrics["loss_mtp_1"] + 0.1 * balance
+        total = metrics["loss_main"] + 0.3 * metrics["loss_mtp_1"]
+        # A module's share of the tokens: its last position in each document predicts nothing.
+        for stack, share in (("moe_blocks", 1.0), ("mtp.blocks", tokens_ahead / tokens)):
+            sequence, whole, z = (metrics[f"loss_{kind}/{stack}"] for kind in ("balance", "balance_global", "z"))
+            assert sequence >= 0.9 and whole >= 0.9 and z > 0.5
+            total += 0.1 * sequence + share * (0.05 * whole + 0.01 * z)
         np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+        assert not [name for name in metrics if name.startswith(("loss_balance_expert", "loss_balance_device"))]
         assert metrics["grad_norm"] > 0.1 and metrics["moe/max_violation"] > 0
         for room in ("moe", "mtp"):
             assert metrics[f"{room}/expert_load"].shape == (1, 4)
             np.testing.assert_allclose(np.mean(metrics[f"{room}/expert_load"], axis=1), 1, rtol=1e-6)
+
+
+ROUTER_METRICS = ("max_violation", "load_entropy", "dead_experts", "score_entropy", "confidence", "bias_norm")
+
+
+def test_router_metrics_are_of_the_whole_batch_by_layer_and_on_average(one_device):
+    history, state = one_device
+    for metrics in history:
+        for room in ("moe", "mtp"):
+            for name in ROUTER_METRICS:
+                assert metrics[f"{room}/{name}_by_layer"].shape == (1,)
+                np.testing.assert_allclose(metrics[f"{room}/{name}"], np.mean(metrics[f"{room}/{name}_by_layer"]))
+            load_LE = metrics[f"{room}/expert_load"]
+            np.testing.assert_allclose(metrics[f"{room}/max_violation"], np.max(load_LE) - 1, rtol=1e-5)
+            assert metrics[f"{room}/dead_experts"] == np.sum(load_LE == 0)
+            assert 0 < metrics[f"{room}/score_entropy"] <= np.log(4) and 0.25 < metrics[f"{room}/confidence"] < 1
+            assert f"{room}/dropped_fraction" not in metrics
+    bias_LE = state.rest["moe_blocks.ffn.router.bias"]
+    np.testing.assert_allclose(history[-1]["moe/bias_norm_by_layer"], np.linalg.norm(bias_LE, axis=1), rtol=1e-6)
+
+
+GROUPED = dataclasses.replace(
+    TRAINED,
+    mtp=MTPConfig(),
+    moe=MoEConfig(
+        num_experts=8,
+        num_experts_per_token=2,
+        num_groups=4,
+        num_groups_per_token=2,
+        group_score="max",
+        expert_size=6,
+        score="softmax",
+        selection_bias=False,
+        sequence_balance_coef=0.0,
+        expert_balance_coef=0.1,
+        device_balance_coef=0.1,
+        communication_balance_coef=0.1,
+        capacity_factor=0.8,
+    ),
+)
+
+
+def test_losses_and_capacities_of_groups_span_the_devices():
+    one, many = (
+        train(mesh, cfg=GROUPED, steps=1)[0][0] for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, expert=2))
+    )
+    losses = [f"loss_balance_{kind}/moe_blocks" for kind in ("expert", "device", "communication")]
+    assert one.keys() == many.keys() and {*losses} == {name for name in one if "/moe_blocks" in name}
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    assert 0 < one["moe/dropped_fraction"] < 0.5
+    np.testing.assert_allclose(one["loss"], one["loss_main"] + 0.1 * sum(one[name] for name in losses), rtol=1e-5)
 
 
 def test_biases_of_trunk_and_mtp_routers_move_against_their_load(one_device):
@@ -118,8 +185,10 @@ def test_biases_of_trunk_and_mtp_routers_move_against_their_load(one_device):
     names = {"moe": "moe_blocks.ffn.router.bias", "mtp": "mtp.blocks.ffn.router.bias"}
     assert set(state.rest) == set(names.values())
     for room, name in names.items():
-        moved = sum(RATE * np.sign(1 - metrics[f"{room}/expert_load"]) for metrics in history)
+        signs = [np.sign(1 - metrics[f"{room}/expert_load"]) for metrics in history]
+        moved = sum(RATE * (sign - np.mean(sign, axis=1, keepdims=True)) for sign in signs)
         np.testing.assert_allclose(state.rest[name], moved, atol=1e-6)
+        np.testing.assert_allclose(np.mean(state.rest[name], axis=1), 0, atol=1e-7)
         assert np.any(history[0][f"{room}/expert_load"] > 1) and np.all(np.abs(moved).max(axis=1) > 0)
 
 
@@ -250,7 +319,7 @@ def test_muon_orthogonalises_matrices_of_heads_and_experts_with_rms_02():
         "dense_blocks.ffn.down_FD": (1, 12, 8),
         "dense_blocks.attention.query_b": (1, 8, 2 * 8),
         "dense_blocks.attention.output_HVD": (1, 2 * 4, 8),
-        "moe_blocks.ffn.experts.gate_up_EDF": (4, 8, 12),
+        "moe_blocks.ffn.experts.gate_up_ED2F": (4, 8, 12),
         "mtp.projection_N2DD": (1, 16, 8),
     }
     for name, shape in shapes.items():

@@ -1,13 +1,16 @@
-"""Bits per byte against the formula, over batches of unequal content."""
+"""Router losses in the training loss; bits per byte against the formula, over batches of unequal content."""
+
+import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import AttentionConfig, ModelConfig
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from moe_jax.data import DataError
 from moe_jax.model.definition import Definition
-from moe_jax.training.supervised import BitsPerByte
+from moe_jax.training.supervised import BitsPerByte, make_loss, make_totals
 
 V = 11
 CONFIG = ModelConfig(
@@ -53,3 +56,85 @@ def test_text_without_a_byte_is_an_error():
     params, rest = definition.init(jax.random.key(0))
     with pytest.raises(DataError, match="no byte"):
         BitsPerByte(definition, np.zeros(V, np.int32))(params, rest, [batch(0, [9])])
+
+
+# Router losses -------------------------------------------------------------------------------------------------------
+
+GROUPS = {"num_experts": 8, "num_experts_per_token": 2, "num_groups": 4, "num_groups_per_token": 2, "expert_size": 6}
+LOSSES = {
+    "sequence_balance_coef": "loss_balance",
+    "expert_balance_coef": "loss_balance_expert",
+    "device_balance_coef": "loss_balance_device",
+    "communication_balance_coef": "loss_balance_communication",
+    "global_balance_coef": "loss_balance_global",
+    "z_loss_coef": "loss_z",
+}
+ALL_OFF = MoEConfig(**GROUPS, **dict.fromkeys(LOSSES, 0.0))
+SPARSE = dataclasses.replace(CONFIG, first_k_dense=0, moe=ALL_OFF)
+
+
+def with_losses(**coefs):
+    return dataclasses.replace(SPARSE, moe=dataclasses.replace(ALL_OFF, **coefs))
+
+
+@functools.cache
+def loss_and_gradient(cfg):
+    definition, one = Definition.of(cfg), batch(0, [9, 4, 7, 0])
+    params, rest = definition.init(jax.random.key(0))
+    params = {name: array + ("gate_DE" in name) for name, array in params.items()}
+
+    @jax.jit
+    def both(params):
+        totals = make_totals(definition)(params, rest, one, 1)
+
+        def total(params):
+            output = make_loss(definition)(params, rest, one, totals)
+            return output.loss, output.metrics
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    (loss, metrics), gradient = jax.device_get(both(params))
+    return float(loss), {name: float(value.mean()) for name, value in metrics.items()}, gradient
+
+
+@pytest.mark.parametrize("coef", LOSSES)
+def test_a_router_loss_is_added_and_moves_the_gate_but_no_expert(coef):
+    """Of the layer's own weights only the gate: not its experts, nor what comes after."""
+    without, _, plain = loss_and_gradient(SPARSE)
+    loss, metrics, gradient = loss_and_gradient(with_losses(**{coef: 0.5}))
+    assert metrics.keys() == {"loss_main", f"{LOSSES[coef]}/moe_blocks"}
+    assert metrics[f"{LOSSES[coef]}/moe_blocks"] > 0.5
+    assert loss == pytest.approx(without + 0.5 * metrics[f"{LOSSES[coef]}/moe_blocks"], rel=1e-5)
+    for name, g in gradient.items():
+        change = np.abs(g - plain[name]).max()
+        if "gate_DE" in name:
+            assert change > 1e-4
+        elif "experts" in name or name in ("head_DV", "norm.weight"):
+            assert change == 0, name
+
+
+def test_coefficients_of_0_leave_every_router_loss_out():
+    assert loss_and_gradient(SPARSE)[1].keys() == {"loss_main"}
+
+
+def test_losses_add_up():
+    coefs = {coef: 0.1 * (i + 1) for i, coef in enumerate(LOSSES)}
+    loss, metrics, _ = loss_and_gradient(with_losses(**coefs))
+    routers = sum(value * metrics[f"{LOSSES[coef]}/moe_blocks"] for coef, value in coefs.items())
+    assert loss == pytest.approx(metrics["loss_main"] + routers, rel=1e-5)
+
+
+def test_totals_count_ahead_only_for_the_global_batch_loss_of_several_micro_batches():
+    one = batch(0, [9, 4, 7, 0])
+    for cfg, accumulation_steps, ahead in (
+        (with_losses(global_balance_coef=0.1), 2, True),
+        (with_losses(global_balance_coef=0.1), 1, False),
+        (with_losses(expert_balance_coef=0.1), 2, False),
+    ):
+        definition = Definition.of(cfg)
+        params, rest = definition.init(jax.random.key(0))
+        totals = jax.jit(make_totals(definition), static_argnums=3)(params, rest, one, accumulation_steps)
+        assert totals.tokens == 20 and totals.sequences == 3 and totals.targets[0] == 17
+        assert totals.counts.keys() == ({"moe_blocks"} if ahead else set())
+        if ahead:
+            assert np.sum(totals.counts["moe_blocks"]) == 2 * 20
