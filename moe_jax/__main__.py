@@ -173,7 +173,7 @@ def benchmark_moe(
     except OSError as error:
         raise ToolError(f"cannot write {plot}: {error}. Name another file with --plot") from error
 
-    from moe_jax.analysis import benchmark
+    from moe_jax.benchmarks import moe as benchmark
 
     config = benchmark.MoEBenchmark(
         hidden_size=hidden_size,
@@ -196,11 +196,12 @@ def _load_profile(run: Path) -> tuple[float, ...]:
     """How uneven the loads are that a run's newest router gives to held-out text."""
     import numpy as np
 
-    from moe_jax.analysis.benchmark import load_profile
     from moe_jax.analysis.inspect_routing import make_routing
     from moe_jax.analysis.routing import expert_counts
+    from moe_jax.benchmarks.moe import load_profile
 
-    _, definition, step, params, rest, _, rows = _routed(run, None, (), 32_768)
+    phase, definition, step, params, rest, _, rows = _routed(run, None, (), 32_768)
+    print(f"{run}: {phase}, step {step}; {', '.join(rows.names)}", file=sys.stderr, flush=True)
     experts_LTK = make_routing(definition, rows)(step, params, rest).experts_LTK
     E = definition.cfg.moe.num_experts
     return load_profile(np.array([expert_counts(experts_TK, E) for experts_TK in experts_LTK]))
@@ -305,23 +306,13 @@ def _older(run: Path, definition: Any, phase: str, newest: int) -> Iterator[tupl
     """(step, params, rest) of the intact checkpoints before the newest one, oldest first, one at a time in memory."""
     from moe_jax.training.checkpoint import Checkpointer, CheckpointError
 
-    class OneStep(Checkpointer):
-        """Sees one checkpoint alone, so that `restore` reads that one."""
-
-        step = 0
-
-        def steps(self) -> list[int]:
-            return [self.step]
-
-    checkpoints = OneStep(run / "checkpoints" / phase)
-    with checkpoints:
-        for step in Checkpointer.steps(checkpoints):
+    with Checkpointer(run / "checkpoints" / phase) as checkpoints:
+        for step in checkpoints.steps():
             if step >= newest:
                 break
-            checkpoints.step = step
             # A damaged one is left out, with the warning of `restore`; so is one that a run in progress deletes.
             with suppress(CheckpointError):
-                if (restored := checkpoints.restore(_arrays(definition), partial=True)) is not None:
+                if (restored := checkpoints.restore(_arrays(definition), step=step, partial=True)) is not None:
                     yield restored.step, restored.state["params"], restored.state["rest"]
 
 

@@ -284,7 +284,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the products; norms, router, softmax and losses stay in float32, and so do stored weights."""
     remat: Literal["none", "block", "dots"] = "none"
-    """What the backward pass computes anew: nothing, all of a block, or all but the products with plain weights."""
+    """What the backward pass computes anew, besides the scores of attention: nothing, all of a block, or all but the
+    products with plain weights."""
 
     def __post_init__(self) -> None:
         _require_literals(self)

@@ -256,3 +256,21 @@ def test_help_is_quick():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--max-new-tokens" in result.stdout
+
+
+def test_benchmark_takes_the_measured_routing_from_a_run(sparse_run, tmp_path, capsys, monkeypatch):
+    from moe_jax.benchmarks import moe as benchmark
+
+    asked = []
+
+    def stop(config):
+        asked.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "benchmark_moe", stop)
+    assert main(["benchmark", "moe", "--run", str(sparse_run), "--plot", str(tmp_path / "a.png")]) == 130
+    captured = capsys.readouterr()
+    assert "pretrain, step 7" in captured.err
+    few, few_too, many, many_too = asked[0].load_profile
+    assert few == few_too < 1 < many == many_too  # digits and everything else, two experts each
+    assert few + many == pytest.approx(2)

@@ -31,7 +31,9 @@ from moe_jax.config import MoEConfig
 from moe_jax.sharding import partition_spec
 
 Work = Callable[..., Array]
-"""work(rows_RD, weights_R, group_sizes_E, *arrays) → [R, D]: the experts' weighted outputs on rows sorted by expert."""
+"""work(x_TD, weights_TK, slots, group_sizes_E, *arrays) → y_TD float32: each token's weighted sum over its experts.
+
+Slots are sorted by expert."""
 
 
 def dispatch(
@@ -59,17 +61,15 @@ def dispatch(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, experts_BSK, weights_BSK))
-        return _local(*flat, arrays, work, cfg).reshape(x_BSD.shape)
+        return _local(_flat(x_BSD), _flat(experts_BSK), _flat(weights_BSK), arrays, work, cfg).reshape(x_BSD.shape)
 
     tokens = partition_spec(("batch", None, None), x_BSD.shape, mesh)
     specs = [partition_spec(names, array.shape, mesh) for names, array in zip(axes, arrays, strict=True)]
     strategy = _strategy(cfg, specs[0][0] is not None and mesh.shape["expert"], tokens[0] is not None)
 
     def shard(x_BSD: Array, experts_BSK: Array, weights_BSK: Array, *arrays: Array) -> Array:
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, experts_BSK, weights_BSK))
         whole = [_gather_fsdp(array, spec) for array, spec in zip(arrays, specs, strict=True)]
-        y_TD = strategy(*flat, whole, work, cfg)
+        y_TD = strategy(_flat(x_BSD), _flat(experts_BSK), _flat(weights_BSK), whole, work, cfg)
         if any("tensor" in spec for spec in specs):
             y_TD = lax.psum(y_TD, "tensor")
         return y_TD.reshape(x_BSD.shape)
@@ -77,6 +77,11 @@ def dispatch(
     in_specs = (tokens, tokens, tokens, *specs)
     mapped = jax.shard_map(shard, in_specs=in_specs, out_specs=tokens, check_vma=False)
     return mapped(x_BSD, experts_BSK, weights_BSK, *arrays)
+
+
+def _flat(x: Array) -> Array:
+    """[B, S, ...] → [T, ...]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _strategy(cfg: MoEConfig, shards: int, tokens_sharded: bool) -> Callable[..., Array]:
@@ -106,9 +111,7 @@ def _local(
     x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
 ) -> Array:
     order = sort_by_expert(experts_TK, arrays[0].shape[0])
-    slots = Slots(order.assignment_R, order.row_TK)
-    y_RD = work(slots.tokens(x_TD), slots.assignments(weights_TK), order.group_sizes_E, *arrays)
-    return slots.sums(y_RD)
+    return work(x_TD, weights_TK, Slots(order.assignment_R, order.row_TK), order.group_sizes_E, *arrays)
 
 
 def _replicated(
@@ -143,7 +146,7 @@ def _own_experts(
         in_round_TK = (slot_TK >= 0) & (slot_TK < room)
         slots = Slots(lax.dynamic_slice_in_dim(assignment_R, first, room), jnp.where(in_round_TK, slot_TK, room))
         group_sizes_E = jnp.diff(jnp.clip(ends_E - first, 0, room), prepend=0)
-        return slots.sums(work(slots.tokens(x_TD), slots.assignments(weights_TK), group_sizes_E, *arrays))
+        return work(x_TD, weights_TK, slots, group_sizes_E, *arrays)
 
     return _rounds(one_round, room, ends_E[-1], R, x_TD, weights_TK, *arrays)
 
@@ -241,9 +244,14 @@ class Slots(NamedTuple):
     slot_TK: Array
     """The slot of each assignment; S for none."""
 
+    @property
+    def token_S(self) -> Array:
+        """The token in each slot; T in an empty one."""
+        return self.assignment_S // self.slot_TK.shape[1]
+
     def tokens(self, x_TD: Array) -> Array:
         """Each slot's token, [S, D]; zeros in empty slots."""
-        return _to_slots(x_TD, self.assignment_S // self.slot_TK.shape[1], self.slot_TK)
+        return _to_slots(x_TD, self.token_S, self.slot_TK)
 
     def assignments(self, x_TK: Array, fill: int = 0) -> Array:
         """Each slot's own number, [S], of one number per assignment."""
@@ -251,9 +259,13 @@ class Slots(NamedTuple):
             return x_TK.reshape(-1).at[self.assignment_S].get(mode="fill", fill_value=fill)
         return _to_slots(x_TK.reshape(-1, 1), self.assignment_S, self.slot_TK.reshape(-1, 1))[:, 0]
 
+    def per_assignment(self, x_S: Array) -> Array:
+        """The number in each assignment's slot, [T, K]; 0 where it has none."""
+        return x_S.at[self.slot_TK].get(mode="fill", fill_value=0)
+
     def sums(self, y_SD: Array) -> Array:
         """Each token's sum over its K slots, [T, D] float32."""
-        return _to_tokens(y_SD, self.assignment_S // self.slot_TK.shape[1], self.slot_TK)
+        return _to_tokens(y_SD, self.token_S, self.slot_TK)
 
 
 @jax.custom_vjp
@@ -316,7 +328,9 @@ def _exchange_backward(sizes: tuple[Array, Array], dy_SD: Array) -> tuple[Array,
     return _exchange(dy_SD, receive_N, send_N), None, None
 
 
-_exchange.defvjp(lambda x, send_N, receive_N: (_exchange(x, send_N, receive_N), (send_N, receive_N)), _exchange_backward)
+_exchange.defvjp(
+    lambda x, send_N, receive_N: (_exchange(x, send_N, receive_N), (send_N, receive_N)), _exchange_backward
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,23 +11,60 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.dispatch import dispatch, within_capacity
+from moe_jax.model.dispatch import Slots, dispatch, within_capacity
 from moe_jax.model.layers import Initializer, SwiGLU, gated
 from moe_jax.model.router import Router, RouterStats, router_stats
-from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.grouped_matmul import Gathered, product, weight_gradient
 
 
+@jax.custom_vjp
 def run_experts(
-    rows_RD: Array, weights_R: Array, group_sizes_E: Array, gate_up_ED2F: Array, down_EFD: Array
+    x_TD: Array, weights_TK: Array, slots: Slots, group_sizes_E: Array, gate_up_ED2F: Array, down_EFD: Array
 ) -> Array:
-    """Each row's SwiGLU times its mixing weight, [R, D]; rows are sorted by expert.
+    """Each token's weighted sum over its experts, [T, D] float32; slots are sorted by expert.
 
-    The weight multiplies the narrower inside of the feed-forward, not its output: then the gradient needs no output to
-    be kept, and adding up a token's experts is a plain sum.
+    The mixing weight multiplies the narrower inside of the feed-forward, not its output, so that a token's sum is a
+    plain one. The gradient is written out: it keeps tokens and the insides of experts, nothing of K tokens' width.
     """
-    E, D, _, F = gate_up_ED2F.shape
-    gate_up_RF = grouped_matmul(rows_RD, gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E)
-    return grouped_matmul(gated(gate_up_RF.reshape(-1, 2, F)) * weights_R[:, None].astype(rows_RD.dtype), down_EFD, group_sizes_E)
+    return _run_experts_forward(x_TD, weights_TK, slots, group_sizes_E, gate_up_ED2F, down_EFD)[0]
+
+
+def _run_experts_forward(
+    x_TD: Array, weights_TK: Array, slots: Slots, group_sizes_E: Array, gate_up_ED2F: Array, down_EFD: Array
+) -> tuple[Array, tuple]:
+    weights_S = slots.assignments(weights_TK)
+    gate_up_SF = product(Gathered(x_TD, slots.token_S), _flat(gate_up_ED2F), group_sizes_E)
+    inside_SF = gated(gate_up_SF.reshape(-1, 2, down_EFD.shape[1])) * weights_S[:, None].astype(x_TD.dtype)
+    y_TD = slots.sums(product(inside_SF, down_EFD, group_sizes_E))
+    return y_TD, (x_TD, weights_S, slots, group_sizes_E, gate_up_ED2F, down_EFD, gate_up_SF, inside_SF)
+
+
+def _run_experts_backward(residuals: tuple, dy_TD: Array) -> tuple:
+    x_TD, weights_S, slots, group_sizes_E, gate_up_ED2F, down_EFD, gate_up_SF, inside_SF = residuals
+    dy_SD = Gathered(dy_TD.astype(x_TD.dtype), slots.token_S)
+    dinside_SF = product(dy_SD, down_EFD, group_sizes_E, transpose_w=True)
+    ddown_EFD = weight_gradient(inside_SF, dy_SD, group_sizes_E)
+    # Where a weight is 0, so is the score that it is made of and with it the score's gradient, whatever is said here.
+    dweights_S = jnp.einsum("SF,SF->S", dinside_SF, inside_SF, preferred_element_type=jnp.float32)
+    dweights_S /= jnp.where(weights_S == 0, 1, weights_S)
+
+    gate_SF, up_SF = jnp.split(gate_up_SF, 2, axis=1)
+    sigmoid_SF = jax.nn.sigmoid(gate_SF)
+    silu_SF = gate_SF * sigmoid_SF
+    dgated_SF = dinside_SF * weights_S[:, None].astype(x_TD.dtype)
+    dgate_SF = dgated_SF * up_SF * (sigmoid_SF + silu_SF * (1 - sigmoid_SF))
+    dgate_up_SF = jnp.concatenate([dgate_SF, dgated_SF * silu_SF], axis=1)
+    dgate_up_EDF = weight_gradient(Gathered(x_TD, slots.token_S), dgate_up_SF, group_sizes_E)
+    dx_TD = slots.sums(product(dgate_up_SF, _flat(gate_up_ED2F), group_sizes_E, transpose_w=True))
+    dweights_TK = slots.per_assignment(dweights_S)
+    return dx_TD.astype(x_TD.dtype), dweights_TK, None, None, dgate_up_EDF.reshape(gate_up_ED2F.shape), ddown_EFD
+
+
+def _flat(gate_up_ED2F: Array) -> Array:
+    return gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
+
+
+run_experts.defvjp(_run_experts_forward, _run_experts_backward)
 
 
 class Experts(nnx.Module):

@@ -6,11 +6,14 @@ E value width, R rows of queries that share a key-value head (G·S).
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
+@partial(jax.checkpoint, static_argnums=(4,))
 def attention(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, mask_BST: Array, scale: float) -> Array:
     """softmax(q·k · scale) v with the softmax in float32; returns [B, S, H, E] in q's dtype.
 
@@ -19,7 +22,8 @@ def attention(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, mask_BST: Array, scal
     caller masks out.
 
     Heads lie outside and the sum of the weights is divided out last: on a CPU, two to three times faster with
-    gradients than the plain order at a few dozen tokens.
+    gradients than the plain order at a few dozen tokens. The backward pass computes the scores anew: kept for all
+    layers they are most of a model's memory, and writing them takes longer than computing them.
     """
     B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]

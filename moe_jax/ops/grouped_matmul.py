@@ -61,14 +61,41 @@ def _accumulator(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+class Gathered(NamedTuple):
+    """Rows that are taken from an array where they are needed: values[index]."""
+
+    values_ND: Array
+    index_T: Array
+    """int32. An index outside `values_ND` is for rows that belong to no group."""
+
+    def array(self) -> Array:
+        return self.values_ND.at[self.index_T].get(mode="fill", fill_value=0)
+
+
+Rows = Array | Gathered
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The choice, and the rule for gradients. An implementation is two functions:
-#   product(x_TD, w_EDF, group_sizes_E, transpose_w) -> y_TF        (transpose_w: x_TF, w_EDF -> y_TD)
-#   weight_gradient(x_TD, dy_TF, group_sizes_E)      -> dw_EDF
+# The two operations, the choice between their implementations, and the rule for gradients.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _choose(implementation: str | None, blocked: Callable, ragged: Callable, *args: Array) -> Array:
+def product(
+    x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: bool = False, implementation: str | None = None
+) -> Array:
+    """y[t] = x[t] @ w[e], or x[t] @ w[e]ᵀ: [T, F] or [T, D], of x's dtype. Without a rule for gradients."""
+    with jax.named_scope("grouped_matmul"):
+        blocked, ragged = (partial(f, transpose_w=transpose_w) for f in (_blocked_product, _ragged_product))
+        return _choose(implementation, blocked, ragged, x_TD, w_EDF, group_sizes_E)
+
+
+def weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array, implementation: str | None = None) -> Array:
+    """dw[e] = Σ x[t]ᵀ dy[t] over the rows t of group e: [E, D, F]. Without a rule for gradients."""
+    with jax.named_scope("grouped_matmul_dw"):
+        return _choose(implementation, _blocked_weight_gradient, _ragged_weight_gradient, x_TD, dy_TF, group_sizes_E)
+
+
+def _choose(implementation: str | None, blocked: Callable, ragged: Callable, *args: Rows) -> Array:
     """The one place that chooses. By the platform the program is lowered for, not by the machine that lowers it."""
     if implementation == "blocked":
         return blocked(*args)
@@ -77,21 +104,9 @@ def _choose(implementation: str | None, blocked: Callable, ragged: Callable, *ar
     return lax.platform_dependent(*args, cpu=blocked, default=ragged)
 
 
-def _product(x_TD: Array, w_EDF: Array, group_sizes_E: Array, transpose_w: bool, implementation: str | None) -> Array:
-    blocked = partial(_blocked_product, transpose_w=transpose_w)
-    ragged = partial(_ragged_product, transpose_w=transpose_w)
-    with jax.named_scope("grouped_matmul"):
-        return _choose(implementation, blocked, ragged, x_TD, w_EDF, group_sizes_E)
-
-
-def _weight_gradient(x_TD: Array, dy_TF: Array, group_sizes_E: Array, implementation: str | None) -> Array:
-    with jax.named_scope("grouped_matmul_dw"):
-        return _choose(implementation, _blocked_weight_gradient, _ragged_weight_gradient, x_TD, dy_TF, group_sizes_E)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_matmul(x_TD: Array, w_EDF: Array, group_sizes_E: Array, implementation: str | None) -> Array:
-    return _product(x_TD, w_EDF, group_sizes_E, False, implementation)
+    return product(x_TD, w_EDF, group_sizes_E, False, implementation)
 
 
 def _grouped_matmul_forward(x_TD: Array, w_EDF: Array, group_sizes_E: Array, implementation: str | None):
@@ -100,9 +115,8 @@ def _grouped_matmul_forward(x_TD: Array, w_EDF: Array, group_sizes_E: Array, imp
 
 def _grouped_matmul_backward(implementation: str | None, residuals: tuple[Array, Array, Array], dy_TF: Array):
     x_TD, w_EDF, group_sizes_E = residuals
-    dx_TD = _product(dy_TF, w_EDF, group_sizes_E, True, implementation)
-    dw_EDF = _weight_gradient(x_TD, dy_TF, group_sizes_E, implementation)
-    return dx_TD, dw_EDF, None
+    dx_TD = product(dy_TF, w_EDF, group_sizes_E, True, implementation)
+    return dx_TD, weight_gradient(x_TD, dy_TF, group_sizes_E, implementation), None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
@@ -131,7 +145,8 @@ _RAGGED_CONTRACTION = lax.RaggedDotDimensionNumbers(
 )
 
 
-def _ragged_product(x_TD: Array, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
+def _ragged_product(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
+    x_TD = _array(x_TD)
     w_EDF = w_EDF.swapaxes(1, 2) if transpose_w else w_EDF
     y_TF = lax.ragged_dot(x_TD, w_EDF, group_sizes_E, preferred_element_type=_accumulator(x_TD.dtype))
     # What a kernel leaves in rows that belong to no group is not specified.
@@ -139,11 +154,16 @@ def _ragged_product(x_TD: Array, w_EDF: Array, group_sizes_E: Array, transpose_w
     return jnp.where(grouped_T[:, None], y_TF, 0).astype(x_TD.dtype)
 
 
-def _ragged_weight_gradient(x_TD: Array, dy_TF: Array, group_sizes_E: Array) -> Array:
+def _ragged_weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array) -> Array:
+    x_TD, dy_TF = _array(x_TD), _array(dy_TF)
     dw_EDF = lax.ragged_dot_general(
         x_TD, dy_TF, group_sizes_E, _RAGGED_CONTRACTION, preferred_element_type=_accumulator(x_TD.dtype)
     )
     return dw_EDF.astype(x_TD.dtype)
+
+
+def _array(rows: Rows) -> Array:
+    return rows.array() if isinstance(rows, Gathered) else rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,15 +246,29 @@ def _last_block(blocks: _Blocks, group: Array, B: int, num_rows: int) -> tuple[A
     return slot, (rows_B1 >= blocks.rests_E[group]) & (rows_B1 < blocks.ends_E[group])
 
 
-def _blocked_product(x_TD: Array, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
-    num_rows, (num_groups, D, F) = x_TD.shape[0], w_EDF.shape
+def _size(rows: Rows) -> tuple[int, int, jnp.dtype]:
+    """Number and width of the rows, and their dtype."""
+    if isinstance(rows, Gathered):
+        return rows.index_T.shape[0], rows.values_ND.shape[1], rows.values_ND.dtype
+    return rows.shape[0], rows.shape[1], rows.dtype
+
+
+def _take(rows: Rows, start: Array, B: int) -> Array:
+    """B rows. Gathered ones are gathered here, block by block, so that all of them are never written out."""
+    if isinstance(rows, Gathered):
+        return rows.values_ND.at[lax.dynamic_slice_in_dim(rows.index_T, start, B)].get(mode="clip")
+    return lax.dynamic_slice_in_dim(rows, start, B)
+
+
+def _blocked_product(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
+    (num_rows, _, dtype), (num_groups, D, F) = _size(x_TD), w_EDF.shape
     lengths = _block_lengths(num_rows, num_groups)
     blocks = _cut(group_sizes_E, lengths)
     einsum = "BF,DF->BD" if transpose_w else "BD,DF->BF"
 
     def product(start: Array, B: int, w_DF: Array) -> Array:
-        x_BD = lax.dynamic_slice_in_dim(x_TD, start, B)
-        return jnp.einsum(einsum, x_BD, w_DF, preferred_element_type=_accumulator(x_TD.dtype)).astype(x_TD.dtype)
+        x_BD = _take(x_TD, start, B)
+        return jnp.einsum(einsum, x_BD, w_DF, preferred_element_type=_accumulator(dtype)).astype(dtype)
 
     def last_block(group: Array, B: int, y_TF: Array) -> Array:
         slot, mask_B1 = _last_block(blocks, group, B, num_rows)
@@ -251,35 +285,33 @@ def _blocked_product(x_TD: Array, w_EDF: Array, group_sizes_E: Array, transpose_
 
         return lax.fori_loop(0, blocks.whole_E[group], block, y_TF)
 
-    y_TF = jnp.zeros((num_rows, D if transpose_w else F), x_TD.dtype)
+    y_TF = jnp.zeros((num_rows, D if transpose_w else F), dtype)
     y_TF = _for_each_last_block(blocks, lengths, last_block, y_TF)
     return _for_each_long_group(blocks, whole_blocks, y_TF)
 
 
-def _blocked_weight_gradient(x_TD: Array, dy_TF: Array, group_sizes_E: Array) -> Array:
-    (num_rows, D), F, num_groups = x_TD.shape, dy_TF.shape[1], group_sizes_E.shape[0]
+def _blocked_weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array) -> Array:
+    (num_rows, D, dtype), F, num_groups = _size(x_TD), _size(dy_TF)[1], group_sizes_E.shape[0]
     lengths = _block_lengths(num_rows, num_groups)
     blocks = _cut(group_sizes_E, lengths)
-    accumulator = _accumulator(x_TD.dtype)
+    accumulator = _accumulator(dtype)
 
     def product(x_BD: Array, start: Array, B: int) -> Array:
-        dy_BF = lax.dynamic_slice_in_dim(dy_TF, start, B)
-        return jnp.einsum("BD,BF->DF", x_BD, dy_BF, preferred_element_type=accumulator)
+        return jnp.einsum("BD,BF->DF", x_BD, _take(dy_TF, start, B), preferred_element_type=accumulator)
 
     def last_block(group: Array, B: int, dw_EDF: Array) -> Array:
         slot, mask_B1 = _last_block(blocks, group, B, num_rows)
-        x_BD = jnp.where(mask_B1, lax.dynamic_slice_in_dim(x_TD, slot, B), 0)
+        x_BD = jnp.where(mask_B1, _take(x_TD, slot, B), 0)
         return lax.dynamic_update_index_in_dim(dw_EDF, product(x_BD, slot, B), group, 0)
 
     def whole_blocks(group: Array, dw_EDF: Array) -> Array:
         def block(index: Array, dw_DF: Array) -> Array:
             start = blocks.starts_E[group] + index * lengths[-1]
-            x_BD = lax.dynamic_slice_in_dim(x_TD, start, lengths[-1])
-            return dw_DF + product(x_BD, start, lengths[-1])
+            return dw_DF + product(_take(x_TD, start, lengths[-1]), start, lengths[-1])
 
         dw_DF = lax.dynamic_index_in_dim(dw_EDF, group, keepdims=False)
         dw_DF = lax.fori_loop(0, blocks.whole_E[group], block, dw_DF)
         return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, group, 0)
 
     dw_EDF = _for_each_last_block(blocks, lengths, last_block, jnp.zeros((num_groups, D, F), accumulator))
-    return _for_each_long_group(blocks, whole_blocks, dw_EDF).astype(x_TD.dtype)
+    return _for_each_long_group(blocks, whole_blocks, dw_EDF).astype(dtype)

@@ -160,13 +160,14 @@ class Checkpointer:
                     self._orbax.close()
                     self._orbax = None
 
-    def restore(self, like: Any, *, partial: bool = False) -> Restored | None:
+    def restore(self, like: Any, *, step: int | None = None, partial: bool = False) -> Restored | None:
         """The newest checkpoint that is intact, or None if the folder never held a complete one.
 
         Args:
           like: pytree of jax.Arrays or jax.ShapeDtypeStructs. A leaf with a sharding (a struct's, or that of an array
             that is committed to its devices) is restored with it, on any number of devices; any other leaf becomes
             an uncommitted array on the default device.
+          step: read the checkpoint of this step and no other.
           partial: restore only the arrays whose paths are in `like`, e.g. `{"params": ...}`. By default the
             checkpoint must hold exactly these.
 
@@ -177,7 +178,8 @@ class Checkpointer:
         with self._lock:
             self.wait()
             reasons = []
-            for step in reversed(self.steps()):
+            steps = self.steps()[::-1] if step is None else [step]
+            for step in steps:
                 path = self._path(step)
                 try:
                     manifest, extra = _read_manifest(path, step)

@@ -176,8 +176,7 @@ def test_gradients_gather_and_do_not_add_by_scatter():
     (x_BSD, weights_BSK, *arrays), _ = inputs()
 
     def loss(x_BSD, weights_BSK):
-        work = lambda rows_RD, weights_R, sizes_E, *_: rows_RD * rows_RD * weights_R[:, None]  # noqa: E731
-        return jnp.sum(dispatch(x_BSD, ROUTINGS["random"], weights_BSK, arrays, AXES, work, CONFIG))
+        return jnp.sum(dispatch(x_BSD, ROUTINGS["random"], weights_BSK, arrays, AXES, run_experts, CONFIG))
 
     names = list(primitives(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x_BSD, weights_BSK).jaxpr))
     assert "gather" in names and "scatter-add" not in names and names.count("scatter") == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.grouped_matmul import Gathered, grouped_matmul, product, weight_gradient
 
 IMPLEMENTATIONS = ["ragged", "blocked", "reference"]
 
@@ -103,6 +103,32 @@ def test_rows_beyond_the_sum_do_not_matter(implementation):
     assert not np.any(dx_TD[105:])
     expected = loop_over_groups(x_TD, w_EDF, dy_TF, sizes_E)
     np.testing.assert_allclose(dw_EDF, expected[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "blocked"])
+def test_gathered_rows_are_the_rows_that_they_name(implementation):
+    x_TD, w_EDF, dy_TF, sizes_E = make_inputs(300, [0, 120, 3, 0, 97, 60])  # 20 rows of no group
+    rng = np.random.default_rng(0)
+    index_T = rng.integers(0, 300, 300).astype(np.int32)
+    index_T[280:] = 300  # rows of no group name nothing
+    taken_TD, taken_TF = (np.concatenate([a[index_T[:280]], np.zeros((20, a.shape[1]))]) for a in (x_TD, dy_TF))
+
+    @jax.jit
+    def run(x_TD, w_EDF, dy_TF):
+        x, dy = Gathered(x_TD, index_T), Gathered(dy_TF, index_T)
+        return (
+            product(x, w_EDF, sizes_E, implementation=implementation),
+            product(dy, w_EDF, sizes_E, transpose_w=True, implementation=implementation),
+            weight_gradient(x, dy, sizes_E, implementation),
+        )
+
+    found = run(*(jnp.asarray(a, jnp.float32) for a in (x_TD, w_EDF, dy_TF)))
+    for a, b in zip(found, loop_over_groups(taken_TD, w_EDF, taken_TF, sizes_E), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
+
+
+def test_groups_longer_than_the_longest_block():
+    check("blocked", make_inputs(4200, [2100, 0, 5, 2050], D=3, F=2), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -156,6 +156,16 @@ def test_partial_restore_reads_only_what_is_asked_for(tmp_path):
             checkpointer.restore(like)
 
 
+def test_restores_the_step_that_is_asked_for_or_none(tmp_path):
+    _save(tmp_path, 1, 2, 3)
+    with Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(_state(0), step=2)
+        assert restored is not None and restored.step == 2 and restored.extra == {"seen": 2}
+        _assert_equal(restored.state, _state(2))
+        with pytest.raises(CheckpointError, match="00000007"):
+            checkpointer.restore(_state(0), step=7)
+
+
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     w = jnp.sin(jnp.arange(500_000.0))
