@@ -135,6 +135,8 @@ def variants(cfg: Config) -> list[Variant]:
         device_balance_coef=0.0,
         communication_balance_coef=0.0,
         global_balance_coef=0.0,
+        z_loss_coef=0.0,
+        capacity_factor=0.0,
     )
 
     def of(method: Method) -> Iterator[Variant]:

@@ -191,8 +191,9 @@ class MoEConfig:
     capacity_factor: float = 0.0
     """Drop the assignments of lowest affinity that exceed this many times the mean load of a group of experts (of an
     expert, where there is one group), in training only (V2 §2.2.4); 0 drops none."""
-    dispatch: Literal["auto", "local", "all_gather", "all_to_all"] = "auto"
-    """How tokens reach their experts on a mesh with an `expert` axis (see `model/dispatch.py`)."""
+    dispatch: Literal["auto", "all_gather", "all_to_all"] = "auto"
+    """How tokens reach their experts on a mesh with an `expert` axis (see `model/dispatch.py`); without one, nothing
+    travels. "auto" takes the way on which less does."""
     dispatch_buffer: float = 2.0
     """Rows that a shard's buffers hold, relative to an even load; more than that take further rounds."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +112,18 @@ def batch_shards(rows: int, mesh: Any = None) -> int:
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     shards = 1 if mesh.empty else _batch_devices(mesh)
     return shards if rows % shards == 0 else 1
+
+
+def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """f(x) for an f that works on each row of the batch alone: on each device for its own rows.
+
+    For operations that XLA's partitioner does not divide (`top_k`), before which it would gather all rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_shards(x.shape[0], mesh) == 1:
+        return f(x)
+    rows = PartitionSpec(RULES["batch"])
+    return jax.shard_map(f, in_specs=rows, out_specs=rows, check_vma=False)(x)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -9,10 +9,12 @@ One signature, `dispatch(x_BSD, experts_BSK, weights_BSK, arrays, axes, work, cf
   reduce-scattered. A token travels to N shards, whatever K is.
 - `all_to_all`: each assignment travels to the shard of its expert and back. A token travels K times, whatever N is.
 
+(Where the batch is too small to be divided, every shard has all tokens, and their experts' parts are added.)
+
 No strategy drops a token. Where a shard's share of the rows depends on the routing, buffers hold
-`cfg.dispatch_buffer` times the even share; what does not fit waits for another round, and rounds that no row waits for
-are skipped. All are built of one pair of moves, `_to_slots` and `_to_tokens`, each of which is the other's gradient, so
-that sorting and un-sorting are gathers in both directions.
+`cfg.dispatch_buffer` times the even share; what does not fit waits for another round. What travels is of the tokens'
+dtype; sums within a shard are float32. All are built of one pair of moves, `_to_slots` and `_to_tokens`, each of which
+is the other's gradient, so that sorting and un-sorting are gathers in both directions.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moe_jax.config import MoEConfig
@@ -65,13 +68,15 @@ def dispatch(
 
     tokens = partition_spec(("batch", None, None), x_BSD.shape, mesh)
     specs = [partition_spec(names, array.shape, mesh) for names, array in zip(axes, arrays, strict=True)]
-    strategy = _strategy(cfg, specs[0][0] is not None and mesh.shape["expert"], tokens[0] is not None)
+    strategy = _strategy(cfg, mesh.shape["expert"] if specs[0][0] is not None else 1, tokens[0] is not None)
 
+    # What is kept for the backward pass: tokens that came from afar and the experts' insides, not whole experts.
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("received", "insides"))
     def shard(x_BSD: Array, experts_BSK: Array, weights_BSK: Array, *arrays: Array) -> Array:
         whole = [_gather_fsdp(array, spec) for array, spec in zip(arrays, specs, strict=True)]
         y_TD = strategy(_flat(x_BSD), _flat(experts_BSK), _flat(weights_BSK), whole, work, cfg)
         if any("tensor" in spec for spec in specs):
-            y_TD = lax.psum(y_TD, "tensor")
+            y_TD = lax.psum(y_TD.astype(x_BSD.dtype), "tensor").astype(jnp.float32)
         return y_TD.reshape(x_BSD.shape)
 
     in_specs = (tokens, tokens, tokens, *specs)
@@ -118,14 +123,16 @@ def _replicated(
     x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
 ) -> Array:
     """Every shard has the same tokens (a batch too small to be divided): each adds what its own experts do."""
-    return lax.psum(_own_experts(x_TD, experts_TK, weights_TK, arrays, work, cfg), "expert")
+    y_TD = _own_experts(x_TD, experts_TK, weights_TK, arrays, work, cfg)
+    return lax.psum(y_TD.astype(x_TD.dtype), "expert").astype(jnp.float32)
 
 
 def _all_gather(
     x_TD: Array, experts_TK: Array, weights_TK: Array, arrays: Sequence[Array], work: Work, cfg: MoEConfig
 ) -> Array:
     gather = partial(lax.all_gather, axis_name="expert", tiled=True)
-    y_TD = _own_experts(gather(x_TD), gather(experts_TK), gather(weights_TK), arrays, work, cfg)
+    x_TD, experts_TK, weights_TK = (checkpoint_name(gather(a), "received") for a in (x_TD, experts_TK, weights_TK))
+    y_TD = _own_experts(x_TD, experts_TK, weights_TK, arrays, work, cfg)
     return lax.psum_scatter(y_TD.astype(x_TD.dtype), "expert", tiled=True).astype(jnp.float32)
 
 
@@ -177,6 +184,7 @@ def _all_to_all(
         experts_S = jnp.where(_filled(receive_N, room), experts_S % E, E)
         rows_SD = _exchange(slots.tokens(x_TD), send_N, receive_N)
         weights_S = _exchange(slots.assignments(weights_TK), send_N, receive_N)
+        rows_SD, weights_S, experts_S = (checkpoint_name(a, "received") for a in (rows_SD, weights_S, experts_S))
         y_SD = _local(rows_SD, experts_S[:, None], weights_S[:, None], arrays, work, cfg).astype(x_TD.dtype)
         return slots.sums(_exchange(y_SD, receive_N, send_N))
 
@@ -195,15 +203,23 @@ def _rounds(one_round: Callable[..., Array], room: int, present: Array, most: in
     The first round, which an even load does not exceed, keeps what its gradient needs; later ones compute it anew.
     """
     y_TD = one_round(0, *operands)
+    if room >= most:
+        return y_TD
+    nothing = jnp.zeros_like(y_TD)
 
     @jax.checkpoint
-    def later(first: Array, *operands: Array) -> Array:
-        return lax.cond(first < present, one_round, lambda *_: jnp.zeros_like(y_TD), first, *operands)
+    def later_rounds(*operands: Array) -> Array:
+        @jax.checkpoint
+        def later(first: Array, *operands: Array) -> Array:
+            return lax.cond(first < present, one_round, lambda *_: nothing, first, *operands)
 
-    def step(y_TD: Array, first: Array) -> tuple[Array, None]:
-        return y_TD + later(first, *operands), None
+        def step(y_TD: Array, first: Array) -> tuple[Array, None]:
+            return y_TD + later(first, *operands), None
 
-    return lax.scan(step, y_TD, jnp.arange(room, most, room))[0] if room < most else y_TD
+        return lax.scan(step, nothing, jnp.arange(room, most, room))[0]
+
+    # One choice for all of them: a skipped round inside the scan would still add zeros to every gradient.
+    return y_TD + lax.cond(present > room, later_rounds, lambda *_: nothing, *operands)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +293,8 @@ def _to_slots(x_TD: Array, token_S: Array, slot_TK: Array) -> Array:
 def _to_tokens(y_SD: Array, token_S: Array, slot_TK: Array) -> Array:
     # K gathers fuse with the sum; one gather of [T, K, D] would be written out first.
     rows = (y_SD.at[slot_TK[:, k]].get(mode="fill", fill_value=0) for k in range(slot_TK.shape[1]))
-    return sum((row_TD.astype(jnp.float32) for row_TD in rows), start=jnp.float32(0))
+    dtype = jnp.promote_types(y_SD.dtype, jnp.float32)
+    return sum((row_TD.astype(dtype) for row_TD in rows), start=jnp.zeros((), dtype))
 
 
 def _to_slots_backward(indices: tuple[Array, Array], dy_SD: Array) -> tuple[Array, None, None]:
@@ -303,10 +320,10 @@ def _filled(sizes_N: Array, room: int) -> Array:
 
 @jax.custom_vjp
 def _exchange(x_SD: Array, send_N: Array, receive_N: Array) -> Array:
-    """Sends the first send_N[j] of the jth block of slots to shard j; receives as many blocks, zeros past their rows.
+    """Sends the first send_N[j] of the jth block of slots to shard j; receives as many blocks.
 
-    The gradient goes the same way back. TPUs and GPUs send rows that exist (`ragged_all_to_all`), other platforms
-    whole blocks.
+    What stands past a block's rows is not specified. The gradient goes the same way back. TPUs and GPUs send rows that
+    exist (`ragged_all_to_all`), other platforms whole blocks.
     """
 
     def ragged(x_SD: Array, send_N: Array, receive_N: Array) -> Array:
@@ -342,13 +359,15 @@ def within_capacity(experts_TK: Array, affinity_TK: Array, cfg: MoEConfig) -> Ar
     """`experts_TK` with `cfg.num_experts`, none, in place of assignments beyond the capacity (DeepSeek-V2 §2.2.4).
 
     A group of experts (V2's device), or an expert where there is one group, keeps the assignments of highest affinity
-    up to `cfg.capacity_factor` times the mean. Assignments of no expert do not count.
+    up to `cfg.capacity_factor` times the mean. Assignments of no expert do not count. Whatever the mesh, this is over
+    the whole batch, all of which every device sorts: fit for comparison, not for a pod.
     """
     units = cfg.num_groups if cfg.num_groups > 1 else cfg.num_experts
     flat_R, R = experts_TK.reshape(-1), experts_TK.size
     unit_R = flat_R // (cfg.num_experts // units)  # `units` for none
     index_R = jnp.arange(R)
-    sorted_R, _, order_R = lax.sort((unit_R, -affinity_TK.reshape(-1), index_R), num_keys=2)
+    affinity_R = jax.lax.stop_gradient(affinity_TK).reshape(-1)
+    sorted_R, _, order_R = lax.sort((unit_R, -affinity_R, index_R), num_keys=2)
     ends = jnp.searchsorted(sorted_R, jnp.arange(units), side="right")
     starts = jnp.append(0, ends)
     capacity = jnp.ceil(cfg.capacity_factor * ends[-1] / units)

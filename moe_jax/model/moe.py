@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.dispatch import Slots, dispatch, within_capacity
@@ -33,8 +34,9 @@ def _run_experts_forward(
     x_TD: Array, weights_TK: Array, slots: Slots, group_sizes_E: Array, gate_up_ED2F: Array, down_EFD: Array
 ) -> tuple[Array, tuple]:
     weights_S = slots.assignments(weights_TK)
-    gate_up_SF = product(Gathered(x_TD, slots.token_S), _flat(gate_up_ED2F), group_sizes_E)
+    gate_up_SF = product(Gathered(x_TD, slots.token_S), _matrices(gate_up_ED2F), group_sizes_E)
     inside_SF = gated(gate_up_SF.reshape(-1, 2, down_EFD.shape[1])) * weights_S[:, None].astype(x_TD.dtype)
+    gate_up_SF, inside_SF = (checkpoint_name(a, "insides") for a in (gate_up_SF, inside_SF))
     y_TD = slots.sums(product(inside_SF, down_EFD, group_sizes_E))
     return y_TD, (x_TD, weights_S, slots, group_sizes_E, gate_up_ED2F, down_EFD, gate_up_SF, inside_SF)
 
@@ -46,7 +48,8 @@ def _run_experts_backward(residuals: tuple, dy_TD: Array) -> tuple:
     ddown_EFD = weight_gradient(inside_SF, dy_SD, group_sizes_E)
     # Where a weight is 0, so is the score that it is made of and with it the score's gradient, whatever is said here.
     dweights_S = jnp.einsum("SF,SF->S", dinside_SF, inside_SF, preferred_element_type=jnp.float32)
-    dweights_S /= jnp.where(weights_S == 0, 1, weights_S)
+    used_S = weights_S.astype(x_TD.dtype).astype(weights_S.dtype)
+    dweights_S /= jnp.where(used_S == 0, 1, used_S)
 
     gate_SF, up_SF = jnp.split(gate_up_SF, 2, axis=1)
     sigmoid_SF = jax.nn.sigmoid(gate_SF)
@@ -55,12 +58,12 @@ def _run_experts_backward(residuals: tuple, dy_TD: Array) -> tuple:
     dgate_SF = dgated_SF * up_SF * (sigmoid_SF + silu_SF * (1 - sigmoid_SF))
     dgate_up_SF = jnp.concatenate([dgate_SF, dgated_SF * silu_SF], axis=1)
     dgate_up_EDF = weight_gradient(Gathered(x_TD, slots.token_S), dgate_up_SF, group_sizes_E)
-    dx_TD = slots.sums(product(dgate_up_SF, _flat(gate_up_ED2F), group_sizes_E, transpose_w=True))
+    dx_TD = slots.sums(product(dgate_up_SF, _matrices(gate_up_ED2F), group_sizes_E, transpose_w=True))
     dweights_TK = slots.per_assignment(dweights_S)
     return dx_TD.astype(x_TD.dtype), dweights_TK, None, None, dgate_up_EDF.reshape(gate_up_ED2F.shape), ddown_EFD
 
 
-def _flat(gate_up_ED2F: Array) -> Array:
+def _matrices(gate_up_ED2F: Array) -> Array:
     return gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
 
 

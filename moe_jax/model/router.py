@@ -17,6 +17,7 @@ from jax import Array
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.model.layers import Initializer
+from moe_jax.sharding import by_rows
 
 
 class RouterBias(nnx.Variable):
@@ -89,7 +90,7 @@ def router_stats(routed: RouterOutput, valid_BS: Array, dropped_T: Array, cfg: M
 
     chosen_BE = unbiased_BE = _counts(experts_BSK, E)
     if cfg.selection_bias and cfg.sequence_balance_coef:
-        unbiased_TK = jax.lax.top_k(jax.lax.stop_gradient(routed.scores_TE), cfg.num_experts_per_token)[1]
+        unbiased_TK = _best(jax.lax.stop_gradient(routed.scores_TE), cfg.num_experts_per_token)
         unbiased_BE = _counts(jnp.where(valid_BS[..., None] > 0, unbiased_TK.reshape(B, S, -1), -1), E)
     tokens_B = jnp.sum(valid_BS, axis=1)
     present_BSN = jnp.any((experts_BSK // (E // N))[..., None] == jnp.arange(N), axis=2)
@@ -135,7 +136,7 @@ def _best_experts(scores_TE: Array, bias_E: Array | None, cfg: MoEConfig) -> Arr
     choice_TE = jax.lax.stop_gradient(choice_TE)
     if cfg.num_groups > 1:
         choice_TE = jnp.where(_in_kept_group(choice_TE, cfg), choice_TE, -jnp.inf)
-    return jax.lax.top_k(choice_TE, cfg.num_experts_per_token)[1]
+    return _best(choice_TE, cfg.num_experts_per_token)
 
 
 def fixed_experts(keys_T: Array, layer: Array | int, cfg: MoEConfig) -> Array:
@@ -155,7 +156,7 @@ def fixed_experts(keys_T: Array, layer: Array | int, cfg: MoEConfig) -> Array:
         return (keys_T[:, None] * K + jnp.arange(K)) % E
     hashed_T = _mixed(_mixed(keys_T.astype(jnp.uint32)) + jnp.asarray(layer, jnp.uint32))
     hashed_TE = _mixed(hashed_T[:, None] + jnp.arange(E, dtype=jnp.uint32))
-    return jax.lax.top_k(hashed_TE, K)[1]
+    return _best(hashed_TE, K)
 
 
 def _mixed(x: Array) -> Array:
@@ -177,9 +178,14 @@ def _in_kept_group(choice_TE: Array, cfg: MoEConfig) -> Array:
     T, E = choice_TE.shape
     choice_TNE = choice_TE.reshape(T, cfg.num_groups, E // cfg.num_groups)
     group_TN = _sum_of_two_best(choice_TNE) if cfg.group_score == "top2_sum" else jnp.max(choice_TNE, axis=-1)
-    _, kept = jax.lax.top_k(group_TN, cfg.num_groups_per_token)
+    kept = _best(group_TN, cfg.num_groups_per_token)
     kept_TN = jnp.any(kept[:, :, None] == jnp.arange(cfg.num_groups), axis=1)
     return jnp.repeat(kept_TN, E // cfg.num_groups, axis=1)
+
+
+def _best(x_TE: Array, k: int) -> Array:
+    """[T, k] int32: where the k largest of each token's values are."""
+    return by_rows(lambda x_TE: jax.lax.top_k(x_TE, k)[1], x_TE)
 
 
 def _sum_of_two_best(x: Array) -> Array:

@@ -69,7 +69,7 @@ class Gathered(NamedTuple):
     """int32. An index outside `values_ND` is for rows that belong to no group."""
 
     def array(self) -> Array:
-        return self.values_ND.at[self.index_T].get(mode="fill", fill_value=0)
+        return self.values_ND.at[self.index_T].get(mode="clip")
 
 
 Rows = Array | Gathered
@@ -296,18 +296,19 @@ def _blocked_weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array) -> A
     blocks = _cut(group_sizes_E, lengths)
     accumulator = _accumulator(dtype)
 
-    def product(x_BD: Array, start: Array, B: int) -> Array:
-        return jnp.einsum("BD,BF->DF", x_BD, _take(dy_TF, start, B), preferred_element_type=accumulator)
+    def product(x_BD: Array, dy_BF: Array) -> Array:
+        return jnp.einsum("BD,BF->DF", x_BD, dy_BF, preferred_element_type=accumulator)
 
     def last_block(group: Array, B: int, dw_EDF: Array) -> Array:
         slot, mask_B1 = _last_block(blocks, group, B, num_rows)
-        x_BD = jnp.where(mask_B1, _take(x_TD, slot, B), 0)
-        return lax.dynamic_update_index_in_dim(dw_EDF, product(x_BD, slot, B), group, 0)
+        # Both: an infinity in another group's row times 0 would be a NaN in this one's gradient.
+        x_BD, dy_BF = (jnp.where(mask_B1, _take(rows, slot, B), 0) for rows in (x_TD, dy_TF))
+        return lax.dynamic_update_index_in_dim(dw_EDF, product(x_BD, dy_BF), group, 0)
 
     def whole_blocks(group: Array, dw_EDF: Array) -> Array:
         def block(index: Array, dw_DF: Array) -> Array:
             start = blocks.starts_E[group] + index * lengths[-1]
-            return dw_DF + product(_take(x_TD, start, lengths[-1]), start, lengths[-1])
+            return dw_DF + product(*(_take(rows, start, lengths[-1]) for rows in (x_TD, dy_TF)))
 
         dw_DF = lax.dynamic_index_in_dim(dw_EDF, group, keepdims=False)
         dw_DF = lax.fori_loop(0, blocks.whole_E[group], block, dw_DF)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.config import MeshConfig, MoEConfig
 from moe_jax.model.dispatch import dispatch, sort_by_expert, within_capacity
 from moe_jax.model.moe import run_experts
 from moe_jax.sharding import make_mesh
 
-B, S, D, F, K, E = 8, 6, 4, 6, 2, 8
+B, S, D, F, K, E = 8, 32, 4, 6, 2, 8
 CONFIG = MoEConfig(num_experts=E, num_experts_per_token=K, expert_size=F)
 AXES = ("expert", "embed", None, "mlp"), ("expert", "mlp", "embed")
 MESHES = {
@@ -97,7 +98,7 @@ def test_local_equals_a_loop_over_experts(mesh):
         check(mesh, CONFIG, routing)
 
 
-@pytest.mark.parametrize("buffer", [1.0, 2.0], ids=["tight", "roomy"])
+@pytest.mark.parametrize("buffer", [0.3, 2.0], ids=["many rounds", "roomy"])
 @pytest.mark.parametrize("strategy", ["all_gather", "all_to_all"])
 @pytest.mark.parametrize("mesh", ["experts", "data, fsdp, experts", "experts, tensor"])
 def test_strategies_equal_a_loop_over_experts(mesh, strategy, buffer):
@@ -124,13 +125,45 @@ def test_the_config_chooses_the_communication():
 
 @pytest.mark.parametrize("mesh", ["experts", "experts, tensor"])
 def test_a_batch_that_does_not_divide(mesh):
-    arrays, _ = inputs()
-    x_BSD, weights_BSK, *weights = arrays
+    (x_BSD, weights_BSK, *weights), cotangent_BSD = inputs()
     experts_BSK = ROUTINGS["random"].astype(np.int32)
+
+    def forward(x_BSD, weights_BSK, *arrays):
+        return dispatch(x_BSD, experts_BSK[:3], weights_BSK, arrays, AXES, run_experts, CONFIG)
+
     with jax.set_mesh(make_mesh(MESHES[mesh])):
-        run = jax.jit(lambda x, w, *arrays: dispatch(x, experts_BSK[:3], w, arrays, AXES, run_experts, CONFIG))
-        y_BSD = run(x_BSD[:3], weights_BSK[:3], *weights)
-    np.testing.assert_allclose(y_BSD, expected("random")[0][:3], rtol=1e-4, atol=2e-5)
+        run = jax.jit(lambda dy, *a: (forward(*a), *jax.vjp(forward, *a)[1](dy)))
+        found = run(jnp.asarray(cotangent_BSD[:3], jnp.float32), x_BSD[:3], weights_BSK[:3], *weights)
+    for a, b in zip(found[:3], expected("random")[:3], strict=True):  # y, and the gradients of x and weights
+        np.testing.assert_allclose(a, b[:3], rtol=1e-4, atol=2e-5)
+    assert all(np.all(np.isfinite(a)) and np.any(a) for a in found[3:])
+
+
+def test_whole_experts_are_not_kept_for_the_backward_pass():
+    """Gathered over fsdp, they are gathered again: eight layers take hardly more memory than two."""
+    wide = 512
+    experts_BSK, weights_BSK = ROUTINGS["random"][:, :1].astype(np.int32), inputs()[0][1][:, :1]
+
+    def temporary_bytes(layers):
+        def loss(arrays, x_BSD):
+            def layer(x_BSD, arrays):
+                return x_BSD + dispatch(x_BSD, experts_BSK, weights_BSK, arrays, AXES, run_experts, CONFIG), None
+
+            return jnp.sum(jax.lax.scan(layer, x_BSD, arrays)[0] ** 2)
+
+        mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+        with jax.set_mesh(mesh):
+            shapes = (layers, E, 8, 2, wide), (layers, E, wide, 8)
+            specs = PartitionSpec(None, None, "fsdp"), PartitionSpec(None, None, None, "fsdp")
+            arrays = tuple(
+                jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+                for shape, spec in zip(shapes, specs, strict=True)
+            )
+            x = jax.ShapeDtypeStruct((B, 1, 8), jnp.float32)
+            return jax.jit(jax.grad(loss)).lower(arrays, x).compile().memory_analysis().temp_size_in_bytes
+
+    one_layer = 4 * E * 8 * 3 * wide
+    assert temporary_bytes(8) - temporary_bytes(2) < 3 * one_layer  # kept, it would be six times one layer
 
 
 def test_tpus_send_only_rows_that_exist():
@@ -156,10 +189,11 @@ def test_sorting_is_stable_and_counts():
     np.testing.assert_array_equal(order.group_sizes_E, [2, 1, 0, 3])
 
 
-def test_sorting_with_more_assignments_than_fit_one_key():
-    # Abstractly: 2^27 assignments of 64 experts.
-    order = jax.eval_shape(lambda e: sort_by_expert(e, 64), jax.ShapeDtypeStruct((2**24, 8), jnp.int32))
-    assert order.row_TK.shape == (2**24, 8)
+def test_sorting_where_expert_and_index_do_not_fit_one_number():
+    experts_TK = np.random.default_rng(0).integers(2**20 + 1, size=(2048, 2))
+    order = sort_by_expert(jnp.asarray(experts_TK), 2**20)
+    np.testing.assert_array_equal(order.assignment_R, np.argsort(experts_TK.ravel(), kind="stable"))
+    assert np.sum(order.group_sizes_E) == np.sum(experts_TK < 2**20)
 
 
 def primitives(jaxpr):

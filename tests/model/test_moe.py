@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import MeshConfig, ModelConfig, MoEConfig
 from moe_jax.losses.balance import sequence_balance_loss
 from moe_jax.model.layers import Initializer
 from moe_jax.model.moe import MoE
+from moe_jax.sharding import make_mesh
 
 B, S, D, F, E, K = 3, 6, 8, 5, 6, 2
 CONFIG = MoEConfig(
@@ -148,3 +150,20 @@ def test_bfloat16_is_near_float32():
     error = np.abs(np.asarray(y_BSD, np.float32) - exact)
     # A rounded input may route a token elsewhere; most stay.
     assert np.median(error) < 0.02 * np.std(exact)
+
+
+def test_every_device_routes_its_own_tokens():
+    """XLA would gather all tokens' scores for `top_k`."""
+    cfg = ModelConfig(hidden_size=D, moe=dataclasses.replace(CONFIG, num_groups=3, num_groups_per_token=2))
+    mesh = make_mesh(MeshConfig(data=8))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x_BSD = jax.ShapeDtypeStruct((8, S, D), jnp.float32, sharding=rows)
+    layer = build(cfg.moe)
+
+    def loss(x_BSD):
+        y_BSD, stats = layer(x_BSD, np.ones((8, S), bool), np.zeros((8, S), np.int32), 0, False)
+        return jnp.sum(y_BSD**2) + jnp.sum(stats.unbiased_counts_BE @ stats.affinity_BE.T)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(x_BSD).compile().as_text()
+    assert f"f32[{S},{E}]" in text and f"[{8 * S},{E}]" not in text

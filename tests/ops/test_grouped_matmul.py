@@ -106,6 +106,15 @@ def test_rows_beyond_the_sum_do_not_matter(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["ragged", "blocked"])
+def test_an_infinity_stays_in_its_group(implementation):
+    x_TD, w_EDF, dy_TF, sizes_E = make_inputs(300, [60, 0, 45, 0, 0, 0])
+    dy_TF[60:] = np.inf
+    arrays = (jnp.asarray(a, jnp.float32) for a in (x_TD, w_EDF, dy_TF))
+    _, dx_TD, dw_EDF = compiled(implementation, *arrays, sizes_E)
+    assert np.all(np.isfinite(dw_EDF[:2])) and np.all(np.isfinite(dx_TD[:60])) and not np.any(np.isfinite(dw_EDF[2]))
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "blocked"])
 def test_gathered_rows_are_the_rows_that_they_name(implementation):
     x_TD, w_EDF, dy_TF, sizes_E = make_inputs(300, [0, 120, 3, 0, 97, 60])  # 20 rows of no group
     rng = np.random.default_rng(0)
