@@ -12,6 +12,20 @@ coefficient of the paper, 1e-3, and with ten times it; the loss-free bias (DeepS
 Reported are the validation loss, MaxVio of all validation batches together (MaxVio_global), and the mean MaxVio of the
 last quarter of the training batches (MaxVio_batch), both means over the sparse layers; over seeds with Student's 95 %
 intervals, and the differences within a seed.
+
+Hardware: 2 CPU cores, 27 minutes beside other work (62 to 110 s a run). Result, seeds 0 to 2, 819,200 tokens a run,
+532 k parameters:
+
+    method              bits per byte    MaxVio_global
+    none                2.751 ± .120     4.84 ± .98
+    auxiliary, α 1e-3   2.729 ± .138     2.42 ± 1.12
+    auxiliary, α 1e-2   2.725 ± .122      .44 ± .25
+    bias, γ 1e-3        2.746 ± .060      .50 ± .15
+    bias, γ 1e-2        2.698 ± .210      .24 ± .11
+
+The bias balances ten times better than the baseline's auxiliary loss, at no worse a loss (within a seed -.031 ± .079
+bits per byte), as published; and .55 times the MaxVio of the stronger auxiliary loss (-.027 ± .088). Three seeds show
+no difference in the loss between any two methods. γ = 1e-3 needs all 400 steps to find its bias.
 """
 
 from __future__ import annotations
@@ -77,7 +91,7 @@ class Config:
     """Where everything goes; empty: runs/load_balancing-seed<seed>. The same command resumes."""
     methods: tuple[Method, ...] = ("none", "auxiliary", "bias")
     auxiliary_coefs: tuple[float, ...] = (1e-3, 1e-2)
-    """α of the auxiliary loss; each is a variant, the first is compared with."""
+    """α of the auxiliary loss; each is a variant."""
     bias_update_rates: tuple[float, ...] = (1e-3, 1e-2)
     """γ of the loss-free bias; each is a variant."""
     preset: str = ""
@@ -321,7 +335,7 @@ def report(cfg: Config, run: Run, results: Mapping[str, Sequence[Mapping[str, An
         } | {"ratio": means[0] / max(means[1], 1e-9)}
 
     summary: dict[str, Any] = {"seeds": list(cfg.seeds), "methods": {}}
-    references: list[Variant] = []  # no balancing, and the auxiliary loss with the first of its coefficients
+    references: list[Variant] = []  # no balancing, and the auxiliary loss with each of its coefficients
     for variant in sorted(methods, key=lambda variant: variant.method != "none"):
         summary["methods"][variant.name] = {
             "title": variant.title,
@@ -329,7 +343,7 @@ def report(cfg: Config, run: Run, results: Mapping[str, Sequence[Mapping[str, An
             "against": {other.name: compare(variant, other) for other in references},
             "per_seed": {name: per_seed(variant, name).tolist() for name in (*FIGURES, "loss", "seconds")},
         }
-        if variant.method in ("none", "auxiliary") and variant.strength == 0:
+        if variant.method in ("none", "auxiliary"):
             references.append(variant)
     summary |= {
         "tokens": cfg.train.steps * cfg.train.batch_size * cfg.train.sequence_length,
