@@ -146,7 +146,7 @@ def benchmark_moe(
 ) -> None:
     """Times sparse layers and training steps against dense ones of the same active work, and grouped products.
 
-    Prints tables and writes a plot. Leave the machine alone meanwhile: two cores need about five minutes.
+    Prints tables and writes a plot. Leave the machine alone meanwhile: two cores need several minutes.
 
     Args:
         hidden_size: Width of the tokens.

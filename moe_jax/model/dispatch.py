@@ -176,7 +176,7 @@ def _all_to_all(
         row_NC = (starts_N + first)[:, None] + jnp.arange(room)
         assignment_NC = order.assignment_R.at[row_NC].get(mode="fill", fill_value=R)
         slots = Slots(
-            jnp.where(jnp.arange(room) < send_N[:, None], assignment_NC, R).reshape(N * room),
+            jnp.where(_filled(send_N, room), assignment_NC.reshape(N * room), R),
             jnp.where(sent_TK, shard_TK * room + place_TK, N * room),
         )
         receive_N = lax.all_to_all(send_N, "expert", 0, 0, tiled=True)
