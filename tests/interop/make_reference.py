@@ -1,31 +1,40 @@
-"""Writes `hf_reference.npz`: what Hugging Face transformers computes with small random models.
+"""Writes what Hugging Face transformers computes with small random models.
 
-Command: `pip install torch==2.13.0 transformers==5.23.0 && python tests/model/make_hf_reference.py`
+Command: `pip install torch==2.13.0 transformers==5.23.0 && python tests/interop/make_reference.py`
 
-For each family, `test_hf_reference.py` finds here the weights under our names and in our layout (multiples of 1/64, so
-that float16 holds them exactly), token ids, which positions are not padding, and the logits. Three more kinds of entry
-are the multi-token prediction modules' hidden states, the routers alone at more experts, and the rotary frequencies of
-released models.
+`checkpoints/NAME` is a checkpoint that transformers saved (its weights are multiples of 1/64), with `reference.npz`:
+token ids, which positions are not padding, the logits, and the hidden states of multi-token prediction modules, whose
+weights stand in the checkpoint under the names of DeepSeek-V3's release. `fused.safetensors` has the same weights with
+all experts of a layer in one tensor. `../model/hf_reference.npz` has routers alone, at more experts, and the rotary
+frequencies of released models.
 
-B batch, S sequence, D model, E experts, H heads, T tokens.
+transformers has no class for DeepSeekMoE-16B: its reference is transformers' Llama with the sparse layer written here.
+
+B batch, S sequence, D model, E experts, K experts per token, T tokens.
 """
 
+import copy
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter, yarn_apply_mscale
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+CHECKPOINTS = pathlib.Path(__file__).with_name("checkpoints")
+FUSED = ("deepseek_v2", "mixtral", "olmoe")
 BATCH, LENGTH, PADDING = 2, 32, 7  # the second row has PADDING columns of padding on its left
 
 SIZES = dict(
@@ -72,6 +81,7 @@ MODELS = {
             topk_group=1,
             q_lora_rank=None,
             n_shared_experts=2,
+            num_nextn_predict_layers=0,
             routed_scaling_factor=2.446,
             norm_topk_prob=True,
             rope_parameters=ROPE,
@@ -116,6 +126,18 @@ MODELS = {
             num_key_value_heads=2,
             head_dim=8,
             rope_parameters=dict(LONG, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+        ),
+    ),
+    "deepseek_moe": (
+        "Llama",
+        dict(
+            EXPERTS,
+            n_routed_experts=8,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            moe_layer_freq=1,
+            norm_topk_prob=False,
+            scoring_func="softmax",
         ),
     ),
 }
@@ -184,96 +206,67 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
         tensor.copy_(torch.tensor(value, dtype=tensor.dtype))
 
 
-def our_block(weights: dict[str, np.ndarray], config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
-    """One layer's weights (names relative to the layer) under our names, [in, out] where theirs are [out, in]."""
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    ours = {
-        "attention_norm.weight": weights["input_layernorm.weight"],
-        "ffn_norm.weight": weights["post_attention_layernorm.weight"],
-    }
+class DeepseekTopkRouter(torch.nn.Module):
+    """DeepSeekMoE-16B's gate: softmax over all experts, the best K as they are (its `modeling_deepseek.MoEGate`)."""
 
-    def linear(name: str, *shape: int) -> np.ndarray:
-        matrix = weights[f"{name}.weight"].T
-        return matrix.reshape(*shape) if shape else matrix
+    def __init__(self, config: transformers.PreTrainedConfig):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        self.top_k = config.num_experts_per_tok
 
-    def swiglu(name: str) -> dict[str, np.ndarray]:
-        gate_up = np.stack([linear(f"{name}.gate_proj"), linear(f"{name}.up_proj")], axis=1)
-        return {"gate_up_D2F": gate_up, "down_FD": linear(f"{name}.down_proj")}
-
-    if "self_attn.kv_b_proj.weight" in weights:
-        attention = {
-            "key_value_a_DC": linear("self_attn.kv_a_proj_with_mqa"),
-            "key_value_norm.weight": weights["self_attn.kv_a_layernorm.weight"],
-            "key_value_b_CHN": linear("self_attn.kv_b_proj", config.kv_lora_rank, H, -1),
-        }
-        if config.q_lora_rank:
-            attention["query_a_DQ"] = linear("self_attn.q_a_proj")
-            attention["query_norm.weight"] = weights["self_attn.q_a_layernorm.weight"]
-            attention["query_b"] = linear("self_attn.q_b_proj", config.q_lora_rank, H, -1)
-        else:
-            attention["query_b"] = linear("self_attn.q_proj", config.hidden_size, H, -1)
-        attention["output_HVD"] = linear("self_attn.o_proj", H, -1, config.hidden_size)
-    else:
-        attention = {"output_HWD": linear("self_attn.o_proj", H, -1, config.hidden_size)}
-        for theirs, name, heads in ("q", "query_DHW", H), ("k", "key_DKW", K), ("v", "value_DKW", K):
-            attention[name] = linear(f"self_attn.{theirs}_proj", config.hidden_size, heads, -1)
-            role = name.split("_")[0]
-            if f"self_attn.{theirs}_proj.bias" in weights:
-                attention[f"{role}_bias"] = weights[f"self_attn.{theirs}_proj.bias"]
-            if f"self_attn.{theirs}_norm.weight" in weights:
-                attention[f"{role}_norm.weight"] = weights[f"self_attn.{theirs}_norm.weight"]
-    ours |= {f"attention.{name}": value for name, value in attention.items()}
-
-    if "mlp.gate.weight" not in weights:
-        return ours | {f"ffn.{name}": value for name, value in swiglu("mlp").items()}
-    ours["ffn.router.gate_DE"] = linear("mlp.gate")
-    if "mlp.gate.e_score_correction_bias" in weights:
-        ours["ffn.router.bias"] = weights["mlp.gate.e_score_correction_bias"]
-    gate_up_EDF = weights["mlp.experts.gate_up_proj"].swapaxes(1, 2)
-    ours["ffn.experts.gate_up_ED2F"] = gate_up_EDF.reshape(*gate_up_EDF.shape[:2], 2, -1)
-    ours["ffn.experts.down_EFD"] = weights["mlp.experts.down_proj"].swapaxes(1, 2)
-    if "mlp.shared_experts.gate_proj.weight" in weights:
-        ours |= {f"ffn.shared.{name}": value for name, value in swiglu("mlp.shared_experts").items()}
-    return ours
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_TE = x_TD @ self.weight.T
+        weights_TK, experts_TK = logits_TE.softmax(dim=-1).topk(self.top_k)
+        return logits_TE, weights_TK, experts_TK
 
 
-def numpy_state(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+class DeepseekMoE(torch.nn.Module):
+    """Σ weight · expert(x) + shared(x), where the shared experts are one wider feed-forward (arXiv:2401.06066)."""
+
+    def __init__(self, config: transformers.PreTrainedConfig):
+        super().__init__()
+
+        def feed_forward(width: int) -> LlamaMLP:
+            narrow = copy.copy(config)
+            narrow.intermediate_size = width
+            return LlamaMLP(narrow)
+
+        self.gate = DeepseekTopkRouter(config)
+        experts = [feed_forward(config.moe_intermediate_size) for _ in range(config.n_routed_experts)]
+        self.experts = torch.nn.ModuleList(experts)
+        self.shared_experts = feed_forward(config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        _, weights_TK, experts_TK = self.gate(x_TD)
+        mixing_TE = torch.zeros(len(x_TD), len(self.experts)).scatter(1, experts_TK, weights_TK)
+        y_TD = self.shared_experts(x_TD)
+        for e, expert in enumerate(self.experts):
+            y_TD = y_TD + mixing_TE[:, e, None] * expert(x_TD)
+        return y_TD.view(x_BSD.shape)
 
 
-def below(weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+MTP_NAMES = {"mtp_block.": "", "post_norm.": "shared_head.norm."}  # transformers' to the release's
 
 
-def stacked(layers: list[dict[str, np.ndarray]], prefix: str) -> dict[str, np.ndarray]:
-    """Weights of equal layers with a leading dimension of layers, under `prefix`; nothing for no layers."""
-    return {prefix + name: np.stack([layer[name] for layer in layers]) for name in (layers[0] if layers else {})}
-
-
-def our_weights(model: torch.nn.Module, config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
-    state = numpy_state(model)
-    ours = {"embed_VD": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    if not config.tie_word_embeddings:
-        ours["head_DV"] = state["lm_head.weight"].T
-    layers = [our_block(below(state, f"model.layers.{i}."), config) for i in range(config.num_hidden_layers)]
-    dense = [layer for layer in layers if "ffn.router.gate_DE" not in layer]
-    moe = [layer for layer in layers if "ffn.router.gate_DE" in layer]
-    return ours | stacked(dense, "dense_blocks.") | stacked(moe, "moe_blocks.")
-
-
-def our_mtp_weights(mtp: MtpModel, config: transformers.PreTrainedConfig) -> dict[str, np.ndarray]:
-    names = {"enorm": "embedding_norms.weight", "hnorm": "hidden_norms.weight", "post_norm": "output_norms.weight"}
-    modules = [below(numpy_state(mtp), f"layers.{i}.") for i in range(mtp.num_mtp_layers)]
-    ours = stacked([our_block(below(module, "mtp_block."), config) for module in modules], "mtp.blocks.")
-    for theirs, name in names.items():
-        ours[f"mtp.{name}"] = np.stack([module[f"{theirs}.weight"] for module in modules])
-    return ours | {"mtp.projection_N2DD": np.stack([module["eh_proj.weight"].T for module in modules])}
-
-
-def exact_float16(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for name, value in weights.items():
-        assert np.array_equal(value.astype(np.float16).astype(np.float32), value), name
-    return {name: value.astype(np.float16) for name, value in weights.items()}
+def mtp_tensors(mtp: MtpModel, main: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The modules' weights under the names of the release, with its copies of embedding and head."""
+    tensors = {}
+    for k in range(mtp.num_mtp_layers):
+        prefix = f"model.layers.{main.config.num_hidden_layers + k}."
+        for name, tensor in mtp.layers[k].state_dict().items():
+            for theirs, released in MTP_NAMES.items():
+                name = name.replace(theirs, released)
+            if name.startswith("mlp.experts."):
+                matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[name.split(".")[-1]]
+                for e, fused in enumerate(tensor):
+                    for kind, matrix in zip(matrices, fused.chunk(len(matrices)), strict=True):
+                        tensors[f"{prefix}mlp.experts.{e}.{kind}.weight"] = matrix.contiguous()
+            else:
+                tensors[prefix + name] = tensor
+        tensors[prefix + "embed_tokens.weight"] = main.model.embed_tokens.weight.clone()
+        tensors[prefix + "shared_head.head.weight"] = main.lm_head.weight.clone()
+    return tensors
 
 
 def mtp_hidden(mtp: MtpModel, hidden_BSD: torch.Tensor, tokens_BS: torch.Tensor) -> list[np.ndarray]:
@@ -313,15 +306,23 @@ def clear_choices(module: torch.nn.Module, run: Callable[[], object], inputs: to
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def model_entries(family: str, overrides: dict, seed: int) -> dict[str, np.ndarray] | None:
-    """What `test_hf_reference.py` needs of one model; None if a router is undecided at this seed."""
+def exact_float16(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name, value in weights.items():
+        assert np.array_equal(value.astype(np.float16).astype(np.float32), value), name
+    return {name: value.astype(np.float16) for name, value in weights.items()}
+
+
+def write_checkpoint(name: str, family: str, overrides: dict, seed: int) -> dict | None:
+    """Writes one model's folder; None if a router is undecided at this seed."""
     model, config = build(family, overrides)
+    if name == "deepseek_moe":
+        for layer in model.model.layers[config.first_k_dense_replace :]:
+            layer.mlp = DeepseekMoE(config)
     randomize(model, seed)
     tokens_BS = torch.tensor(np.random.default_rng(seed).integers(0, config.vocab_size, (BATCH, LENGTH)))
     valid_BS = torch.ones_like(tokens_BS)
     valid_BS[1, :PADDING] = 0
     positions_BS = (valid_BS.cumsum(1) - 1).clamp(0)
-    weights = our_weights(model, config)
 
     def run() -> transformers.modeling_outputs.ModelOutput:
         return model(tokens_BS, attention_mask=valid_BS, position_ids=positions_BS, output_hidden_states=True)
@@ -331,12 +332,14 @@ def model_entries(family: str, overrides: dict, seed: int) -> dict[str, np.ndarr
     output = run()
     entries = {"tokens_BS": tokens_BS.numpy().astype(np.int8), "valid_BS": valid_BS.numpy().astype(bool)}
     entries["logits_BSV"] = output.logits.numpy()
-    if "num_nextn_predict_layers" in overrides:
+    folder = CHECKPOINTS / name
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if overrides.get("num_nextn_predict_layers"):
         mtp = MtpModel(model, config.num_nextn_predict_layers).eval()
         mtp.set_attn_implementation("eager")
         mtp.config._experts_implementation = "eager"
         randomize(mtp.layers, seed + 1)
-        weights |= our_mtp_weights(mtp, config)
         hidden_1SD = output.hidden_states[-1][:1].clone()
 
         def run_mtp() -> list[np.ndarray]:
@@ -345,7 +348,17 @@ def model_entries(family: str, overrides: dict, seed: int) -> dict[str, np.ndarr
         if not clear_choices(mtp, run_mtp, hidden_1SD):
             return None
         entries |= {f"mtp_hidden_{k}": hidden for k, hidden in enumerate(run_mtp())}
-    return entries | {f"weights/{name}": value for name, value in exact_float16(weights).items()}
+        tensors = load_file(folder / "model.safetensors") | mtp_tensors(mtp, model)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if name in FUSED:
+        save_file(model.state_dict(), folder / "fused.safetensors", metadata={"format": "pt"})
+    if name == "deepseek_moe":
+        written = json.loads((folder / "config.json").read_text())
+        written |= {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"]}
+        written.pop("mlp_bias")
+        (folder / "config.json").write_text(json.dumps(written, indent=2))
+    np.savez_compressed(folder / "reference.npz", **entries)
+    return entries
 
 
 def router_entries(router_class: type, family: str, overrides: dict, seed: int) -> dict[str, np.ndarray] | None:
@@ -392,14 +405,13 @@ def main() -> None:
 
     with torch.no_grad():
         for name, model in MODELS.items():
-            add(name, first(functools.partial(model_entries, *model)))
+            first(functools.partial(write_checkpoint, name, *model))
         for name, router in ROUTERS.items():
             add(f"router/{name}", first(functools.partial(router_entries, *router)))
     for name, parameters in LONG_CONTEXTS.items():
         add(f"rope/{name}", rope_entries(parameters))
-    path = pathlib.Path(__file__).with_name("hf_reference.npz")
+    path = CHECKPOINTS.parent.parent / "model" / "hf_reference.npz"
     np.savez_compressed(path, **arrays)
-    print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""Checkpoints of Hugging Face transformers 5.23.0 loaded here give the logits that it gave, and go back unchanged.
+
+`checkpoints/` holds them (see `make_reference.py`), so that no PyTorch is needed; the last test is live, and is skipped
+where transformers is not installed. Half of the positions lie past the original context of YaRN and Llama 3 scaling,
+and one row is padded on the left.
+
+B batch, S sequence, V vocabulary.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import MeshConfig
+from moe_jax.interop.placement import placed
+from moe_jax.interop.pretrained import load_pretrained, save_pretrained
+from moe_jax.interop.tensor_names import FUSED_EXPERTS, entries
+from moe_jax.interop.weight_files import CheckpointFilesError, WeightFiles, write_folder
+from moe_jax.model.transformer import make_cache
+from moe_jax.sharding import make_mesh
+
+CHECKPOINTS = pathlib.Path(__file__).with_name("checkpoints")
+NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
+FUSED = [name for name in NAMES if (CHECKPOINTS / name / "fused.safetensors").exists()]
+TOLERANCE = 2e-5
+"""Of the largest value; float32 noise is ten times smaller."""
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+load = functools.cache(lambda name: load_pretrained(CHECKPOINTS / name))
+
+
+@functools.cache
+def reference(name):
+    with np.load(CHECKPOINTS / name / "reference.npz") as file:
+        arrays = dict(file)
+    return arrays | {"tokens_BS": arrays["tokens_BS"].astype(np.int32)}
+
+
+def assert_close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+
+
+def tensors(folder):
+    files = WeightFiles(folder)
+    return {name: files.read(name) for name in files.names}
+
+
+SLOW = {"deepseek_v2_lite", "qwen3_moe"}  # made of parts that the others cover
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES])
+def test_logits(name):
+    stored, valid_BS = reference(name), reference(name)["valid_BS"]
+    logits_BSV = np.asarray(load(name)(stored["tokens_BS"], valid_BS.astype(np.int32)).logits)
+    assert_close(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS])
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
+def test_cached_decoding(name):
+    """Prefill, then a token at a time, gives the logits of the whole sequence."""
+    stored, valid_BS = reference(name), reference(name)["valid_BS"]
+    model = load(name)
+    B, S = valid_BS.shape
+
+    @functools.partial(jit, static_argnames="prefill")
+    def step(params, rest, tokens_BS, segment_ids_BS, cache, prefill):
+        transformer = model.definition.merge(params, rest)
+        output = transformer(tokens_BS, segment_ids_BS=segment_ids_BS, cache=cache, prefill=prefill)
+        return transformer.logits(output.hidden_BSD), output.cache
+
+    cache, parts = make_cache(model.config, B, S + 3), []
+    for start, stop in itertools.pairwise([0, *range(20, S + 1)]):
+        part = stored["tokens_BS"][:, start:stop], valid_BS[:, start:stop].astype(np.int32)
+        logits_BSV, cache = step(model.params, model.rest, *part, cache, prefill=start == 0)
+        parts.append(logits_BSV)
+    assert_close(np.concatenate(parts, axis=1)[valid_BS], stored["logits_BSV"][valid_BS])
+
+
+def test_multi_token_prediction():
+    """Both modules' hidden states, chained: [embedding; hidden], from the trunk's output after the final norm."""
+    stored, model = reference("deepseek_v3"), load("deepseek_v3")
+    tokens_1S = stored["tokens_BS"][:1]
+    positions_1S = np.arange(tokens_1S.shape[1])[None]
+
+    @jit
+    def predict_ahead(params, rest, tokens_1S):
+        transformer = model.definition.merge(params, rest)
+        hidden_1SD = transformer(tokens_1S).hidden_BSD
+        return transformer.predict_ahead(hidden_1SD, tokens_1S, jnp.ones_like(tokens_1S), positions_1S).hidden_NBSD
+
+    hidden_N1SD = np.asarray(predict_ahead(model.params, model.rest, tokens_1S))
+    assert len(hidden_N1SD) == 2
+    for k, hidden_1SD in enumerate(hidden_N1SD):
+        assert_close(hidden_1SD[:, : -(k + 1)], stored[f"mtp_hidden_{k}"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_is_bit_equal(name, tmp_path):
+    """The same tensors under the same names; the config says the same to us, the weights too."""
+    model = load(name)
+    save_pretrained(model, tmp_path / "export")
+    ours, theirs = tensors(tmp_path / "export"), tensors(CHECKPOINTS / name)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype
+        np.testing.assert_array_equal(ours[key], tensor, err_msg=key)
+    again = load_pretrained(tmp_path / "export")
+    assert again.config == model.config
+    original, exported = (
+        json.loads((folder / "config.json").read_text()) for folder in (CHECKPOINTS / name, tmp_path / "export")
+    )
+    renamed = {"dtype", "transformers_version", "rope_parameters", "num_local_experts"}
+    assert original.keys() - exported.keys() <= renamed
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_experts_load(name, tmp_path):
+    """One tensor for all experts of a layer, as transformers' modules hold them, gives the same arrays."""
+    shutil.copy(CHECKPOINTS / name / "config.json", tmp_path)
+    shutil.copy(CHECKPOINTS / name / "fused.safetensors", tmp_path / "model.safetensors")
+    model = load_pretrained(tmp_path)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), load(name).params, model.params))
+
+
+@pytest.mark.parametrize("layout", ["separate", "fused"])
+def test_every_device_gets_its_shard(layout, tmp_path):
+    folder = CHECKPOINTS / "deepseek_v2"
+    if layout == "fused":
+        shutil.copy(folder / "config.json", tmp_path)
+        shutil.copy(folder / "fused.safetensors", tmp_path / "model.safetensors")
+        folder = tmp_path
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    model, whole = load_pretrained(folder, mesh), load("deepseek_v2")
+    gate_up = model.params["moe_blocks.ffn.experts.gate_up_ED2F"]
+    assert gate_up.addressable_shards[0].data.shape == (2, 4, 8, 2, 3)
+    for name, array in whole.params.items():
+        np.testing.assert_array_equal(model.params[name], array, err_msg=name)
+    save_pretrained(model, tmp_path / "export")
+    theirs = tensors(CHECKPOINTS / "deepseek_v2")
+    for name, tensor in tensors(tmp_path / "export").items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def test_devices_with_their_own_memory(tmp_path):
+    """Pieces written on the device, as accelerators need it, make the same array as the host's memory."""
+    shutil.copy(CHECKPOINTS / "deepseek_v2" / "fused.safetensors", tmp_path / "model.safetensors")
+    files, definition = WeightFiles(tmp_path), load("deepseek_v2").definition
+    params, _ = definition.shardings(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=1)))
+    for name in ("moe_blocks.ffn.experts.gate_up_ED2F", "moe_blocks.attention.query_b"):
+        own = [entry for entry in entries(definition.cfg, FUSED_EXPERTS) if entry.array == name]
+        array = placed(own, files, definition.variables[name].shape, params[name], "float32", on_host=False)
+        assert array.sharding == params[name]
+        np.testing.assert_array_equal(array, load("deepseek_v2").params[name])
+
+
+@pytest.mark.parametrize(("dtype", "stored", "arithmetic"), [(None, "float32", "bfloat16"), ("bfloat16",) * 3])
+def test_dtypes(dtype, stored, arithmetic, tmp_path):
+    """A bfloat16 checkpoint: what arrays are stored in, what is computed in, and what an export has."""
+    save_pretrained(load("deepseek_v3_no_groups"), tmp_path / "bfloat16", dtype="bfloat16")
+    model = load_pretrained(tmp_path / "bfloat16", dtype=dtype)
+    assert {array.dtype.name for array in model.params.values()} == {stored}
+    assert {array.dtype.name for array in model.rest.values()} == {"float32"}
+    assert model.config.dtype == arithmetic
+    save_pretrained(model, tmp_path / "again")
+    first, second = tensors(tmp_path / "bfloat16"), tensors(tmp_path / "again")
+    for name in first:
+        assert second[name].dtype.name == ("float32" if name.endswith("correction_bias") else "bfloat16")
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.self_attn.o_proj.weight"), "o_proj.weight' is missing"),
+        (lambda t: t.update({"model.layers.1.self_attn.o_proj.bias": np.ones(16, np.float32)}), "o_proj.bias"),
+        (lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)}), r"norm.weight' has shape \(8,\)"),
+        (lambda t: t.update({"lm_head.weight": np.ones((24, 16), np.float32)}), "lm_head.weight' should equal"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(change, message, tmp_path):
+    changed = tensors(CHECKPOINTS / "qwen2")
+    change(changed)
+    config = (CHECKPOINTS / "qwen2" / "config.json").read_text()
+    write_folder(tmp_path / "changed", changed.items(), {"config.json": config})
+    with pytest.raises(CheckpointFilesError, match=message):
+        load_pretrained(tmp_path / "changed")
+
+
+def test_missing_prediction_modules_are_left_out(tmp_path):
+    """transformers drops them when it saves a model and keeps their number in the config."""
+    kept = {name: tensor for name, tensor in tensors(CHECKPOINTS / "deepseek_v3").items() if "layers.3." not in name}
+    kept = {name: tensor for name, tensor in kept.items() if "layers.4." not in name}
+    config = (CHECKPOINTS / "deepseek_v3" / "config.json").read_text()
+    write_folder(tmp_path / "main", kept.items(), {"config.json": config})
+    with pytest.warns(UserWarning, match="num_nextn_predict_layers = 2"):
+        model = load_pretrained(tmp_path / "main")
+    assert model.config.mtp.depth == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "deepseek_moe"])  # no class in transformers
+def test_transformers_loads_the_export(name, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    save_pretrained(load(name), tmp_path / "export")
+    stored, valid_BS = reference(name), reference(name)["valid_BS"]
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(".layers.3." in key or ".layers.4." in key for key in info["unexpected_keys"])  # MTP modules
+    positions_BS = np.maximum(np.cumsum(valid_BS, axis=1) - 1, 0)
+    with torch.no_grad():
+        inputs = (torch.tensor(x) for x in (stored["tokens_BS"], valid_BS.astype(np.int64), positions_BS))
+        tokens_BS, mask_BS, positions_BS = inputs
+        logits_BSV = model(tokens_BS.long(), attention_mask=mask_BS, position_ids=positions_BS).logits.numpy()
+    np.testing.assert_allclose(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS], rtol=0, atol=1e-6)
