@@ -94,6 +94,9 @@ class Config:
     """α of the auxiliary loss; each is a variant."""
     bias_update_rates: tuple[float, ...] = (1e-3, 1e-2)
     """γ of the loss-free bias; each is a variant."""
+    init: str = ""
+    """A Hugging Face folder or repository, or the folder of another run: a sparse model for all methods and seeds to
+    start from, with balancing biases of zero. Its tokenizer comes with it."""
     preset: str = ""
     """A named model (`moe_jax/presets.py`) in place of this file's."""
     tokenizer: str = "byte"
@@ -186,16 +189,17 @@ class Laboratory:
 
     def __init__(self, cfg: Config, session: Session):
         from moe_jax.data.text import TextCorpus, validation_batches
-        from moe_jax.data.tokenizer import load_tokenizer
+        from moe_jax.training.start import keep_tokenizer
 
         self.cfg, self.session, self.run = cfg, session, session.run
-        self.tokenizer = load_tokenizer(cfg.tokenizer)
+        self.tokenizer = keep_tokenizer(self.run.dir, cfg.tokenizer)
         self.tokenizer.check_fits(cfg.model.vocab_size)
         self.corpus = TextCorpus.load(cfg.data.path)
         batches = list(validation_batches(self.corpus, self.tokenizer, cfg.train.batch_size, cfg.train.sequence_length))
         count = min(cfg.validation_batches or len(batches), len(batches))
         self.validation = [batches[place] for place in np.linspace(0, len(batches) - 1, count).round().astype(int)]
         self.models: dict[MoEConfig, Model] = {}
+        self.started: dict[str, Any] | None = None
         self.updates = {variant.name: self._update(variant) for variant in variants(cfg)}
 
     def model(self, variant: Variant) -> Model:
@@ -242,16 +246,35 @@ class Laboratory:
 
     def train(self, variant: Variant, seed: int, phase: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The weights and biases after training. Weights and batches depend on the seed alone."""
-        from moe_jax.data.text import train_batches
+        import jax
+        import jax.numpy as jnp
+
+        from moe_jax.data.text import TrainBatches
         from moe_jax.rng import random_key
+        from moe_jax.sharding import own_rows
         from moe_jax.training.supervised import train_supervised
 
         cfg, train = self.cfg, self.cfg.train
-        data = train_batches(self.corpus, self.tokenizer, train.batch_size, train.sequence_length, seed)
+        rows = own_rows(train.batch_size, self.session.mesh)
+        data = TrainBatches(self.corpus, self.tokenizer, train.batch_size, train.sequence_length, seed, rows)
         state = self.model(variant).init(random_key(seed, "weights"))
+        if cfg.init:
+            state = state._replace(params=jax.tree.map(jnp.copy, self.start()))
         update = self.updates[variant.name]
-        state = train_supervised(self.session, phase, update, state, data, train.steps, cfg.checkpoint)
+        state = train_supervised(
+            self.session, phase, update, state, data, train.steps, cfg.checkpoint, train.batch_size
+        )
         return state.params, state.rest
+
+    def start(self) -> dict[str, Any]:
+        """The weights of `init`: those that are trained, which all methods share."""
+        from moe_jax.model.definition import Definition
+        from moe_jax.training.start import start_weights
+
+        if self.started is None:
+            definition = Definition.of(self.cfg.model)
+            self.started, _ = start_weights(self.run, self.cfg.init, definition, self.session.mesh)
+        return self.started
 
     def validate(self, variant: Variant, phase: str, params: Any, rest: Any) -> dict[str, Any]:
         """Loss, MaxVio and each expert's load over all validation batches."""
@@ -315,7 +338,8 @@ def experiment(cfg: Config, session: Session) -> None:
     for seed in cfg.seeds:  # a seed's variants one after another: comparable before the last seed has come
         for variant in variants(cfg):
             results[variant.name].append(lab.result(variant, seed))
-    report(cfg, session.run, results)
+    if session.run.writes:
+        report(cfg, session.run, results)
 
 
 def report(cfg: Config, run: Run, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -1,6 +1,7 @@
 """Pre-training on text, dense or sparse, with validation loss in bits per byte.
 
     python -m experiments.pretrain [--preset tiny_dense] [--data.path FILE_OR_FOLDER] [--seed 1] [--help]
+    python -m experiments.pretrain --init HUGGING_FACE_FOLDER_OR_RUN --data.path FILE_OR_FOLDER     # goes on from it
 
 The default corpus is the Python standard library's own sources: real text that every machine has. About 1 in 20 of its
 documents, chosen by a hash of their content, is held out.
@@ -36,6 +37,8 @@ class Config:
     seed: int = 0
     run_dir: str = ""
     """Where everything goes; empty: runs/pretrain-seed<seed>. The same command resumes."""
+    init: str = ""
+    """A Hugging Face folder or repository, or the folder of another run, whose model and tokenizer to start from."""
     preset: str = "tiny_moe"
     """A named model (`moe_jax/presets.py`), which the flags --model.… then change."""
     tokenizer: str = "byte"
@@ -67,22 +70,23 @@ CONFIG = Config()
 
 
 def experiment(cfg: Config, session: Session) -> None:
-    from moe_jax.data.text import TextCorpus, train_batches, validation_batches
-    from moe_jax.data.tokenizer import load_tokenizer
+    from moe_jax.data.text import TextCorpus, TrainBatches, validation_batches
     from moe_jax.model.definition import Definition
     from moe_jax.rng import random_key
-    from moe_jax.sharding import put_batch
+    from moe_jax.sharding import own_rows, put_batch
     from moe_jax.training.loop import run_phase
     from moe_jax.training.optimizer import make_optimizer
-    from moe_jax.training.state import TrainState, init_state, make_update
+    from moe_jax.training.start import keep_tokenizer, start_weights
+    from moe_jax.training.state import TrainState, init_state, make_update, start_state
     from moe_jax.training.supervised import BitsPerByte, make_loss, make_totals
 
     run, train = session.run, cfg.train
-    tokenizer = load_tokenizer(cfg.tokenizer)
+    tokenizer = keep_tokenizer(run.dir, cfg.tokenizer)
     definition = Definition.of(cfg.model)
     tokenizer.check_fits(cfg.model.vocab_size)
     corpus = TextCorpus.load(cfg.data.path)
-    data = train_batches(corpus, tokenizer, train.batch_size, train.sequence_length, cfg.seed)
+    rows = own_rows(train.batch_size, session.mesh)
+    data = TrainBatches(corpus, tokenizer, train.batch_size, train.sequence_length, cfg.seed, rows)
     banned = (tokenizer.pad_id,)
     optimizer = make_optimizer(train.optimizer, train.steps, definition)
     update = make_update(
@@ -95,8 +99,8 @@ def experiment(cfg: Config, session: Session) -> None:
     bits_per_byte = BitsPerByte(definition, tokenizer.token_bytes_V, banned)
 
     def validate(state: TrainState) -> dict[str, float]:
-        batches = validation_batches(corpus, tokenizer, train.batch_size, train.sequence_length)
-        placed = (put_batch(batch, session.mesh) for batch in batches)
+        batches = validation_batches(corpus, tokenizer, train.batch_size, train.sequence_length, rows)
+        placed = (put_batch(batch, session.mesh, train.batch_size) for batch in batches)
         return bits_per_byte(state.params, state.rest, placed, between=session.guard.check)
 
     def log_validation(state: TrainState, step: int) -> dict[str, float]:
@@ -109,11 +113,17 @@ def experiment(cfg: Config, session: Session) -> None:
         # Before the update, which donates the state: a signal during validation then finds it whole.
         if step and step % cfg.validation_every == 0:
             log_validation(state, step)
-        return update(state, put_batch(next(data), session.mesh))
+        return update(state, put_batch(next(data), session.mesh, train.batch_size))
 
-    state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), session.mesh)
+    if cfg.init:
+        weights = start_weights(run, cfg.init, definition, session.mesh)
+        state = start_state(definition, optimizer, *weights, session.mesh)
+    else:
+        state = init_state(definition, optimizer, random_key(cfg.seed, "weights"), session.mesh)
     state = run_phase(run, session.guard, "pretrain", train.steps, state, body, checkpoint=cfg.checkpoint, data=data)
-    report(cfg, run, log_validation(state, train.steps))
+    validation = log_validation(state, train.steps)
+    if run.writes:
+        report(cfg, run, validation)
 
 
 def report(cfg: Config, run: Run, validation: dict[str, float]) -> None:
@@ -139,7 +149,7 @@ def report(cfg: Config, run: Run, validation: dict[str, float]) -> None:
         Panel("MaxVio (0 is balanced)", series(rows, "moe/max_violation", "pretrain")),
     ]
     plot: Path = run.path("plots", "loss.png")
-    plot_curves(plot, f"Pre-training, {cfg.preset}, seed {cfg.seed}", panels)
+    plot_curves(plot, f"Pre-training, {cfg.preset or cfg.init}, seed {cfg.seed}", panels)
     print(
         f"\n{validation['bits_per_byte']:.4f} bits per byte on held-out text after {tokens:,} tokens;"
         f" {summary['parameters_total']:,} parameters ({summary['parameters_active']:,} active),"

@@ -75,21 +75,44 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) 
     return PartitionSpec(*spec)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's rows of a batch on the mesh; rows that do not divide over it are replicated and warned of.
+def own_rows(num_rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch lie on this process's devices; with one process, all. Axes other than the batch's repeat
+    rows, so that several processes may have the same ones."""
+    rows = _batch_sharding((num_rows,), mesh).addressable_devices_indices_map((num_rows,)).values()
+    return sorted({row for index in rows if index is not None for row in range(*index[0].indices(num_rows))})
 
-    Raises:
-        ConfigError: they do not divide and there are several processes, whose rows differ.
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int | None = None) -> dict[str, jax.Array]:
+    """Places a batch on the mesh; rows that do not divide over it are replicated and warned of.
+
+    Args:
+        batch: all rows, the same in every process; or, of a batch of `num_rows`, this process's `own_rows` in order.
+        mesh: of all processes.
+        num_rows: rows of the whole batch, if `batch` holds `own_rows` alone.
     """
 
     def put(x: np.ndarray) -> jax.Array:
-        rows = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        if batch_shards(rows[0], mesh) == 1:
-            _warn_of_replication(rows[0], mesh)
-        sharding = NamedSharding(mesh, partition_spec(("batch",) + (None,) * (x.ndim - 1), rows, mesh))
-        return jax.make_array_from_process_local_data(sharding, x)
+        whole = len(x) if num_rows is None else num_rows
+        if batch_shards(whole, mesh) == 1:
+            _warn_of_replication(whole, mesh)
+        place_R = np.arange(whole)
+        if num_rows is not None:
+            place_R[own_rows(num_rows, mesh)] = np.arange(len(x))
+        shape = (whole, *x.shape[1:])
+        return jax.make_array_from_callback(shape, _batch_sharding(shape, mesh), lambda index: x[place_R[index[0]]])  # pyright: ignore[reportOptionalSubscript]
 
     return {name: put(x) for name, x in batch.items()}
+
+
+def _batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
+
+
+def replicate(tree: Any) -> Any:
+    """The arrays of a tree, whole on every device, so that every process can read them; under `jax.set_mesh` only."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda _: PartitionSpec(), tree))
 
 
 @functools.cache
@@ -97,10 +120,8 @@ def _warn_of_replication(rows: int, mesh: Mesh) -> None:
     wanted = _batch_devices(mesh)
     if wanted == 1:
         return
-    message = f"{rows} rows of a batch do not divide over the {wanted} devices of the axes {RULES['batch']}"
-    if jax.process_count() > 1:
-        raise ConfigError(f"{message}: choose a batch size that is a multiple")
-    logging.getLogger(__name__).warning("%s: every device works on all of them.", message)
+    message = "%d rows of a batch do not divide over the %d devices of the axes %s: every device works on all of them."
+    logging.getLogger(__name__).warning(message, rows, wanted, RULES["batch"])
 
 
 def _batch_devices(mesh: Any) -> int:

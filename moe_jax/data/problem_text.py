@@ -1,4 +1,4 @@
-"""Supervised text about problems: an endless, packed, resumable stream of batches.
+"""Problems as text: prompts, and an endless, packed, resumable stream of supervised batches.
 
 B rows, S tokens.
 """
@@ -6,6 +6,7 @@ B rows, S tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from moe_jax.data import DataError
 from moe_jax.data.packing import packed_batches
-from moe_jax.data.problems import ProblemSource
+from moe_jax.data.problems import Document, Problem, ProblemSource
 from moe_jax.data.tokenizer import Tokenizer
 
 _DOCUMENTS_AT_A_TIME = 256
@@ -24,6 +25,40 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """A prompt as the model sees it in training and in sampling: <bos>, if the tokenizer has one, then the text."""
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return start + tokenizer.encode(prompt)
+
+
+def encode_problem(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    """A problem's prompt as the model sees it."""
+    return tokenizer.encode(problem.prompt) if problem.chat else encode_prompt(problem.prompt, tokenizer)
+
+
+class AskedProblems:
+    """A source whose problems are put into words for a model that was trained elsewhere.
+
+    Args:
+        wording: what the model reads, with {problem} for the problem.
+        chat: whether that is the user's message, which the tokenizer's chat template makes a prompt of.
+    """
+
+    def __init__(self, source: ProblemSource, wording: str, tokenizer: Tokenizer, *, chat: bool):
+        self._source, self._wording, self._tokenizer, self._chat = source, wording, tokenizer, chat
+        self.works_in_equations = source.works_in_equations
+        self.test = [self._ask(problem) for problem in source.test]
+
+    def sample(self, step: int, count: int, purpose: str) -> list[Problem]:
+        return [self._ask(problem) for problem in self._source.sample(step, count, purpose)]
+
+    def documents(self, step: int, count: int, purpose: str) -> list[Document]:
+        return self._source.documents(step, count, purpose)
+
+    def is_correct(self, problem: Problem, answer: str) -> bool:
+        return self._source.is_correct(problem, answer)
+
+    def _ask(self, problem: Problem) -> Problem:
+        text = self._wording.replace("{problem}", problem.prompt)
+        if self._chat:
+            text = self._tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        return replace(problem, prompt=text, chat=self._chat)
 
 
 class ProblemText:

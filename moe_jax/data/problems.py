@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -37,6 +37,8 @@ class Problem:
     """The working without mistakes, as it stands between the think tags; None where the source has none."""
     entry: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     """reasoning_gym: what the task's checker needs."""
+    chat: bool = False
+    """Whether the prompt was written by a chat template, which begins it as the model expects: no <bos> is added."""
 
 
 @dataclass(frozen=True)
@@ -268,19 +270,38 @@ class GSM8KSource:
 
 
 def _read_gsm8k(path: Path) -> list[Problem]:
+    remedy = "ProblemConfig.path must name the folder with train.jsonl and test.jsonl of GSM8K's original release"
+    return _read_jsonl(path, _gsm8k_problem, remedy)
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems of a .jsonl file with one record a line, or of a .json file with one record.
+
+    A record has GSM8K's fields, `question` and `answer` (ending in `#### N`), or those of MATH (arXiv:2103.03874),
+    `problem` and `solution` (with the answer in its last `\\boxed{}`); a field `answer` beside `problem`, as MATH-500
+    has it, goes before the solution. A MATH answer is LaTeX as it stands.
+
+    Raises:
+        DataError: a file that cannot be read, a record of neither format (file and line are named), no record at all.
+    """
+    remedy = "give a .jsonl file of problems, or a .json file with one"
+    return _read_jsonl(path, _any_problem, remedy, whole=path.suffix == ".json")
+
+
+def _read_jsonl(
+    path: Path, parse: Callable[[dict[str, Any]], Problem], remedy: str, *, whole: bool = False
+) -> list[Problem]:
+    """A problem for each line that is not blank, or one for the `whole` file."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); ProblemConfig.path must name the folder with train.jsonl and"
-            " test.jsonl of GSM8K's original release"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     problems = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate([content] if whole else content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            problems.append(_gsm8k_problem(line))
+            problems.append(parse(_record(line)))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}; correct or remove the line") from error
     if not problems:
@@ -288,28 +309,79 @@ def _read_gsm8k(path: Path) -> list[Problem]:
     return problems
 
 
-def _gsm8k_problem(line: bytes) -> Problem:
+def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but {type(record).__name__}")
-    for name in ("question", "answer"):
-        if not isinstance(record.get(name), str):
-            found = f"{type(record[name]).__name__}, not text" if name in record else "missing"
-            raise ValueError(f"field {name!r} is {found}")
-    working, mark, final = record["answer"].rpartition("####")
+    return record
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    if not isinstance(record.get(name), str):
+        found = f"{type(record[name]).__name__}, not text" if name in record else "missing"
+        raise ValueError(f"field {name!r} is {found}")
+    return record[name]
+
+
+def _any_problem(record: dict[str, Any]) -> Problem:
+    if "question" in record:
+        return _gsm8k_problem(record)
+    if "problem" in record:
+        return _math_problem(record)
+    raise ValueError("has neither 'question' and 'answer' (GSM8K) nor 'problem' and 'solution' (MATH)")
+
+
+def _gsm8k_problem(record: dict[str, Any]) -> Problem:
+    question, solution = _text(record, "question").strip(), _text(record, "answer")
+    working, mark, final = solution.rpartition("####")
     if not mark:
         raise ValueError("field 'answer' does not end in '#### N'")
     answer = parse_number(final)
     if answer is None:
         raise ValueError(f"field 'answer' ends in '####{final}', which is no number")
-    question = record["question"].strip()
     if not question:
         raise ValueError("field 'question' is empty")
     working = re.sub(r"<<[^<>]*>>", "", working).strip()
-    return Problem(question, f"{answer:f}", " ".join(question.lower().split()), working)
+    return Problem(question, f"{answer:f}", _key(question), working)
+
+
+def _math_problem(record: dict[str, Any]) -> Problem:
+    problem, answer = _text(record, "problem").strip(), record.get("answer")
+    if not problem:
+        raise ValueError("field 'problem' is empty")
+    solution = None if answer is not None and "solution" not in record else _text(record, "solution")
+    if answer is None:
+        answers = boxed(solution or "")
+        if not answers:
+            raise ValueError("field 'solution' has no \\boxed{} answer")
+        answer = answers[-1]
+    return Problem(problem, str(answer), _key(problem), solution)
+
+
+def _key(question: str) -> str:
+    return " ".join(question.lower().split())
+
+
+def boxed(text: str) -> list[str]:
+    """What stands in the `\\boxed{…}` (`\\fbox{…}`, `\\boxed 7`) of a text, in order; unclosed ones are left out."""
+    found = []
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*", text):
+        rest = text[match.end() :]
+        if not rest.startswith("{"):
+            bare = re.match(r"[^\s{}$]+", rest)
+            found += [bare.group()] if bare else []
+            continue
+        depth = 0
+        for place, character in enumerate(rest):
+            escaped = place > 0 and rest[place - 1] == "\\"
+            depth += 0 if escaped else {"{": 1, "}": -1}.get(character, 0)
+            if depth == 0:
+                found.append(rest[1:place])
+                break
+    return found
 
 
 class ReasoningGymSource:

@@ -1,7 +1,9 @@
-"""Text corpora as batches of packed tokens: deterministic, resumable, sharded by process (through Grain).
+"""Text corpora as batches of packed tokens: deterministic, resumable, divided among processes (through Grain).
 
-The line: documents, shuffled anew each epoch → tokens → pieces of at most S tokens, shuffled in a window → rows by
-first fit → batches. Each piece is a segment of its own, so that nothing attends across documents.
+Each row of the batch has a line of its own: every B-th document of an order that is shuffled anew each epoch → tokens →
+pieces of at most S tokens, shuffled in a window → rows by first fit. So a process reads only the documents of the rows
+that it has, and the batches are the same for any number of processes. Each piece is a segment of its own, so that
+nothing attends across documents.
 
 Legend: B rows (batch), S sequence length in tokens.
 """
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grain
-import jax
 import numpy as np
 
 from moe_jax.data import DataError
@@ -28,8 +29,10 @@ _DOCUMENT_CHARACTERS = 8192
 """Longest document that is made of a .txt file."""
 _VALIDATION_ONE_IN = 20
 _WINDOW_TOKENS, _WINDOW_PIECES = 2**19, 2**11
-"""Pieces of one long document follow each other. Shuffling this much of the stream (the smaller of the two) keeps a
-batch from being one document, at the price of tokenizing as much again when a run resumes."""
+"""Pieces of one long document follow each other. Shuffling this much of all lines together (the smaller of the two)
+keeps successive batches from being the same documents, at the price of tokenizing as much again when a run resumes."""
+_OPEN_ROWS = 8
+"""How many rows of a line first fit fills at a time."""
 
 Split = Literal["train", "validation"]
 
@@ -100,67 +103,70 @@ class TextCorpus:
         return self.train if split == "train" else self.validation
 
 
-def train_dataset(
-    corpus: TextCorpus,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    sequence_length: int,
-    seed: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> grain.IterDataset:
-    """The endless dataset whose iterator `train_batches` gives."""
-    index, count, rows = _share_of_rows(batch_size, process_index, process_count)
-    if len(corpus.train) < count:
-        raise DataError(
-            f"{corpus.name}: {len(corpus.train)} training documents for {count} processes, each of which needs one: "
-            "give more documents or use fewer processes"
-        )
-    # Grain seeds epoch n with seed + n: neighbouring seeds would share their epochs if they were used as they are.
-    order_seed, window_seed = (int(word) >> 1 for word in np.random.SeedSequence(seed).generate_state(2))
-    documents = grain.MapDataset.source(corpus.train).shuffle(order_seed)[index::count].repeat()
-    pieces = grain.experimental.WindowShuffleIterDataset(
-        _pieces(documents, tokenizer, sequence_length),
-        window_size=max(8 * rows, min(_WINDOW_PIECES, _WINDOW_TOKENS // sequence_length)),
-        seed=window_seed,
-    )
-    batches = _packed_rows(pieces, rows, sequence_length, tokenizer.pad_id).batch(rows, drop_remainder=True)
-    source = f"{corpus.fingerprint}/V{tokenizer.vocab_size}/B{rows}/S{sequence_length}/seed{seed}/{index}of{count}"
-    return _Bound(batches.map(_rename), source)
+class TrainBatches:
+    """Endless batches for training: dicts of int32 arrays [B, S], the rows asked for.
 
-
-def train_batches(
-    corpus: TextCorpus,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    sequence_length: int,
-    seed: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> grain.DatasetIterator:
-    """Endless training batches of this process.
-
-    A document is [bos] text [eos], as far as the tokenizer has these tokens; special tokens written in the text are
-    encoded as such.
-
-    Args:
-      batch_size: rows of the global batch, B times the number of processes.
-      sequence_length: S, tokens per row.
-      seed: decides the order of everything.
-      process_index: which process this is; each takes other documents. Default: JAX's.
-      process_count: how many processes there are. Default: JAX's.
-
-    Returns:
-      An iterator over dicts of int32 arrays [B, S]: tokens_BS, segment_ids_BS (1, 2, … in each row, 0 for padding) and
-      positions_BS (from 0 in each segment). `get_state()` is a small tree of numbers and strings that JSON can hold;
-      `set_state(state)` goes on behind the last batch taken, and refuses with a DataError a state that was saved with
-      other data, tokenizer, sizes, seed or process count.
-
-    Raises:
-      DataError: fewer training documents than processes.
-      ValueError: the processes cannot share the rows equally.
+    tokens_BS, segment_ids_BS (1, 2, … in each row, 0 for padding) and positions_BS (from 0 in each segment). A document
+    is [bos] text [eos], as far as the tokenizer has these tokens; special tokens written in the text are encoded as
+    such.
     """
-    return iter(train_dataset(corpus, tokenizer, batch_size, sequence_length, seed, process_index, process_count))
+
+    def __init__(
+        self,
+        corpus: TextCorpus,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ):
+        """
+        Args:
+          corpus: what to read.
+          tokenizer: turns it into tokens.
+          batch_size: B, rows of the whole batch.
+          sequence_length: S, tokens per row.
+          seed: decides the order of everything.
+          rows: which rows of the batch to make, e.g. `sharding.own_rows`. Default: all.
+        """
+        # Grain seeds epoch n with seed + n: neighbouring seeds would share their epochs if they were used as they are.
+        order_seed, window_seed = (int(word) >> 1 for word in np.random.SeedSequence(seed).generate_state(2))
+        documents = grain.MapDataset.source(corpus.train).shuffle(order_seed).repeat()
+        window = max(_OPEN_ROWS, min(_WINDOW_PIECES, _WINDOW_TOKENS // sequence_length) // batch_size)
+
+        def line(row: int) -> grain.DatasetIterator:
+            pieces = _pieces(documents[row::batch_size], tokenizer, sequence_length)
+            shuffled = grain.experimental.WindowShuffleIterDataset(pieces, window_size=window, seed=window_seed + row)
+            return iter(_packed_rows(shuffled, _OPEN_ROWS, sequence_length, tokenizer.pad_id).map(_rename))
+
+        self._lines = {row: line(row) for row in (range(batch_size) if rows is None else rows)}
+        self._source = f"{corpus.fingerprint}/V{tokenizer.vocab_size}/B{batch_size}/S{sequence_length}/seed{seed}"
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = [next(line) for line in self._lines.values()]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        """The place behind the last batch: JSON, to be merged with those of processes that make other rows."""
+        return {"source": self._source, "rows": {str(row): line.get_state() for row, line in self._lines.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on at a place.
+
+        Raises:
+          DataError: it was saved with other data, tokenizer, sizes or seed.
+        """
+        if state["source"] != self._source:
+            raise DataError(
+                f"the saved place in the data belongs to {state['source']}, but this is {self._source} "
+                "(corpus/vocabulary/rows/sequence length/seed): resume with the data and settings of the run, or start "
+                "a new one"
+            )
+        for row, line in self._lines.items():
+            line.set_state(state["rows"][str(row)])
 
 
 def validation_batches(
@@ -168,36 +174,22 @@ def validation_batches(
     tokenizer: Tokenizer,
     batch_size: int,
     sequence_length: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """All validation documents once, in order: batches as those of `train_batches`, the last one filled with padding.
+    """All validation documents once, in order: batches as `TrainBatches`', the last one filled with padding.
 
-    Every process gets the same number of batches, and together they are the batches that one process would get, so
-    that a validation loss does not depend on how many there are.
+    `rows` are those of each batch to give out, by default all.
     """
-    index, _, rows = _share_of_rows(batch_size, process_index, process_count)
+    fill = {"tokens_BS": tokenizer.pad_id, "segment_ids_BS": 0, "positions_BS": 0}
 
-    def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        missing = batch_size - len(batch["tokens_BS"])
-        fill = {"tokens_BS": tokenizer.pad_id, "segment_ids_BS": 0, "positions_BS": 0}
-        return {
-            key: np.pad(array, ((0, missing), (0, 0)), constant_values=fill[key])[index * rows : (index + 1) * rows]
-            for key, array in batch.items()
-        }
+    def chosen_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        missing = ((0, batch_size - len(batch["tokens_BS"])), (0, 0))
+        whole = {key: np.pad(array, missing, constant_values=fill[key]) for key, array in batch.items()}
+        return whole if rows is None else {key: array[list(rows)] for key, array in whole.items()}
 
     pieces = _pieces(grain.MapDataset.source(corpus.validation), tokenizer, sequence_length)
     packed = _packed_rows(pieces, batch_size, sequence_length, tokenizer.pad_id)
-    return iter(packed.batch(batch_size, drop_remainder=False).map(_rename).map(own_rows))
-
-
-def _share_of_rows(batch_size: int, index: int | None, count: int | None) -> tuple[int, int, int]:
-    """This process's index, the number of processes, and the rows of each."""
-    index = jax.process_index() if index is None else index
-    count = jax.process_count() if count is None else count
-    if batch_size <= 0 or batch_size % count:
-        raise ValueError(f"batch_size = {batch_size}: must be a positive multiple of the {count} processes")
-    return index, count, batch_size // count
+    return iter(packed.batch(batch_size, drop_remainder=False).map(_rename).map(chosen_rows))
 
 
 class _Pieces(grain.experimental.FlatMapTransform):
@@ -239,38 +231,6 @@ def _rename(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "segment_ids_BS": batch["tokens_segment_ids"],
         "positions_BS": batch["tokens_positions"],
     }
-
-
-class _Bound(grain.IterDataset):
-    """Binds the iterator's state to its source: Grain's own state is indices, valid for any data."""
-
-    def __init__(self, parent: grain.IterDataset, source: str) -> None:
-        super().__init__(parent)
-        self._source = source
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _BoundIterator(iter(self._parent), self._source)
-
-
-class _BoundIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, source: str) -> None:
-        super().__init__(parent)
-        self._source = source
-
-    def __next__(self) -> Any:
-        return next(self._parent)
-
-    def get_state(self) -> dict[str, Any]:
-        return {"source": self._source, "position": self._parent.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        if state["source"] != self._source:
-            raise DataError(
-                f"the saved place in the data belongs to {state['source']}, but this is {self._source} "
-                "(corpus/vocabulary/rows/sequence length/seed/process): resume with the data and settings of the "
-                "run, or start a new one"
-            )
-        self._parent.set_state(state["position"])
 
 
 def _read(path: str | Path) -> Iterator[tuple[str, str]]:

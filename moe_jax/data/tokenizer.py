@@ -41,6 +41,8 @@ class Tokenizer(ABC):
     """Ends a document; None where the tokenizer has no such token."""
     stop_ids: tuple[int, ...]
     """Tokens at which generation ends: `eos_id` and what else the tokenizer's folder names."""
+    has_chat_template = False
+    """Whether models are known to have been trained on conversations as `apply_chat_template` writes them."""
 
     @property
     @abstractmethod
@@ -233,6 +235,7 @@ class HFTokenizer(Tokenizer):
         stops = [self.eos_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])]
         self.stop_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
         self._templates = self._read_templates(config, config_file)
+        self.has_chat_template = "default" in self._templates
         self.pad_id = self._choose_pad_id(ids)
 
     def _choose_pad_id(self, ids: Mapping[str, int | None]) -> int:
@@ -443,11 +446,11 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself where printable, else a character from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
+_BYTE_OF_CHARACTER = byte_characters()

@@ -51,10 +51,10 @@ class MLA(nnx.Module):
         if Q:
             self.query_a_DQ = init.weight((D, Q), ("embed", "latent"), "io")
             self.query_norm = RMSNorm(Q, a.latent_norm_eps)
-        self.query_b = init.weight((Q or D, H, N + R), ("latent" if Q else "embed", "heads", "head"), "ioo")
+        self.query_b = init.weight((Q or D, H, N + R), ("embed", "heads", "head"), "ioo")
         self.key_value_a_DC = init.weight((D, C + R), ("embed", "latent"), "io")
         self.key_value_norm = RMSNorm(C, a.latent_norm_eps)
-        self.key_value_b_CHN = init.weight((C, H, N + V), ("latent", "heads", "head"), "ioo")
+        self.key_value_b_CHN = init.weight((C, H, N + V), ("embed", "heads", "head"), "ioo")
         self.output_HVD = init.weight((H, V, D), ("heads", "head", "embed"), "iio")
         m = yarn_mscale(a.rope.factor, a.rope.mscale_all_dim) if a.rope.scaling == "yarn" else 1.0
         self.scale = (N + R) ** -0.5 * m * m

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moe_jax.sharding import constrain
+
 # Logits per shard that may exist at once: 256 MiB in float32, 512 tokens of a vocabulary of 128k.
 _BLOCK_ELEMENTS = 2**26
 
@@ -151,6 +153,11 @@ def _block_gradient(
         return grad_hidden.astype(hidden_RNSD.dtype), grad_head
 
 
+def _gathered(head_DV: Array, hidden: Array) -> Array:
+    """The head as all chunks use it, gathered over fsdp once and not in each chunk."""
+    return constrain(head_DV.astype(hidden.dtype), None, "vocab")
+
+
 def _split(x: Array, num_chunks: int) -> Array:
     """[R, N, S, ...] → [chunks, R, N, S / chunks, ...]."""
     return jnp.moveaxis(x.reshape(*x.shape[:2], num_chunks, -1, *x.shape[3:]), 2, 0)
@@ -168,6 +175,8 @@ def _chunked(
     if num_chunks == 1:
         block = _block(hidden_RNSD, head_DV, targets_RNS, banned_ids)
         return block.logprobs, block.entropy
+
+    head_DV = _gathered(head_DV, hidden_RNSD)
 
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         block = _block(chunk[0], head_DV, chunk[1], banned_ids)
@@ -187,10 +196,12 @@ def _chunked_forward(num_chunks, banned_ids, hidden_RNSD, head_DV, targets_RNS):
 
 def _chunked_backward(num_chunks, banned_ids, residuals, grads):
     hidden_RNSD, head_DV, targets_RNS, block = residuals
+    dtype = head_DV.dtype
     grad_RNS = grads[0]
     if num_chunks == 1:
         grad_hidden, grad_head_RDV = _block_gradient(grad_RNS, block, hidden_RNSD, head_DV, targets_RNS)
     else:
+        head_DV = _gathered(head_DV, hidden_RNSD)
 
         def step(grad_head_RDV: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             hidden, targets, grad = chunk
@@ -202,7 +213,7 @@ def _chunked_backward(num_chunks, banned_ids, residuals, grads):
         chunks = (_split(hidden_RNSD, num_chunks), _split(targets_RNS, num_chunks), _split(grad_RNS, num_chunks))
         grad_head_RDV, grad_hidden = jax.lax.scan(step, zeros_RDV, chunks)
         grad_hidden = _merge(grad_hidden)
-    return grad_hidden, jnp.sum(grad_head_RDV, axis=0).astype(head_DV.dtype), None
+    return grad_hidden, jnp.sum(grad_head_RDV, axis=0).astype(dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from moe_jax.config import RLConfig, SamplingConfig
-from moe_jax.data.problem_text import encode_prompt
+from moe_jax.data.problem_text import encode_problem
 from moe_jax.data.problems import Problem
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.losses import masked_sum
@@ -26,7 +26,7 @@ from moe_jax.ops.token_logprobs import token_logprobs
 from moe_jax.rl.environments import Environment
 from moe_jax.rng import random_generator
 from moe_jax.sampling.sampler import Samples, generate, pad_prompts
-from moe_jax.sharding import batch_shards
+from moe_jax.sharding import batch_shards, replicate
 from moe_jax.training.state import Batch, Loss, LossOutput
 
 
@@ -148,11 +148,11 @@ Generator = Callable[[Arrays, Arrays, np.ndarray, np.ndarray, Array], Samples]
 def make_generator(
     definition: Definition, sampling: SamplingConfig, tokenizer: Tokenizer, group_size: int
 ) -> Generator:
-    """The jitted sampler of this model."""
+    """The jitted sampler of this model; every process gets all samples."""
 
     @jax.jit
     def run(params: Arrays, rest: Arrays, tokens_PS: Array, mask_PS: Array, key: Array) -> Samples:
-        return generate(
+        samples = generate(
             definition.merge(params, rest),
             tokens_PS,
             mask_PS,
@@ -162,13 +162,14 @@ def make_generator(
             pad_id=tokenizer.pad_id,
             group_size=group_size,
         )
+        return replicate(samples)
 
     return run
 
 
 def encode_prompts(problems: list[Problem], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded prompts [P, S] and their mask."""
-    return pad_prompts([encode_prompt(problem.prompt, tokenizer) for problem in problems], tokenizer.pad_id, length)
+    return pad_prompts([encode_problem(problem, tokenizer) for problem in problems], tokenizer.pad_id, length)
 
 
 def decode_completions(samples: Samples, tokenizer: Tokenizer) -> list[str]:

@@ -21,7 +21,7 @@ from moe_jax.model.definition import Arrays, Definition
 from moe_jax.rl.environments import Environment
 from moe_jax.rl.grpo import completion_logprobs, make_generator, make_loss, minibatches, rollout, totals
 from moe_jax.rng import random_key
-from moe_jax.sharding import put_batch
+from moe_jax.sharding import put_batch, replicate
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
 from moe_jax.training.optimizer import make_optimizer
@@ -56,7 +56,7 @@ class PolicyTrainer:
 
         @jax.jit
         def reference_logprobs(params: Arrays, rest: Arrays, batch: Batch) -> Array:
-            return completion_logprobs(definition, params, rest, batch, tokenizer.pad_id)[0].logprobs
+            return replicate(completion_logprobs(definition, params, rest, batch, tokenizer.pad_id)[0].logprobs)
 
         self.reference_logprobs = reference_logprobs
 

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.training.distributed import gather
+
 logger = logging.getLogger(__name__)
 
 # Orbax narrates every save through absl's logger. What matters of it reaches the user as a CheckpointError or as one
@@ -264,34 +266,52 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     integer addition is associative, so the result is the same on any mesh.
     """
     on_device = {name: _fingerprint_on_device(x) for name, x in arrays.items() if not _on_host(x)}
-    on_host = {name: _fingerprint(np.asarray(x), np) for name, x in arrays.items() if _on_host(x)}
-    return {name: int(value) for name, value in (jax.device_get(on_device) | on_host).items()}
+    own = {name: _fingerprint_of_own_shards(x) for name, x in arrays.items() if _on_host(x)}
+    shared = {name: part for name, part in own.items() if not arrays[name].is_fully_addressable}
+    if shared:
+        own |= {name: sum(process[name] for process in gather(shared)) for name in shared}
+    return {name: int(value) % 2**32 for name, value in (jax.device_get(on_device) | own).items()}
 
 
 def _on_host(x: jax.Array) -> bool:
     # XLA takes about 50 ms for each shape to compile what NumPy does in one: only worth it away from the host.
-    return x.is_fully_addressable and all(device.platform == "cpu" for device in x.sharding.device_set)
+    return all(device.platform == "cpu" for device in x.sharding.device_set)
 
 
 @jax.jit
 def _fingerprint_on_device(x: jax.Array) -> jax.Array:
-    return _fingerprint(x, jnp)
+    return _fingerprint(x, jnp, x.shape, (0,) * x.ndim)
 
 
-def _fingerprint(x: Any, xnp: Any) -> Any:
-    """`fingerprints` of one array, by NumPy or by jax.numpy (`xnp`)."""
+def _fingerprint_of_own_shards(x: jax.Array) -> int:
+    """This process's part of the sum, which counts each element of the array once over all processes."""
+    shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+    starts = [tuple(index.start or 0 for index in shard.index) for shard in shards]
+    parts = [_fingerprint(np.asarray(s.data), np, x.shape, start) for s, start in zip(shards, starts, strict=True)]
+    return sum(int(part) for part in parts)
+
+
+def _fingerprint(x: Any, xnp: Any, shape: tuple[int, ...], start: tuple[int, ...]) -> Any:
+    """The part of `fingerprints` that a block of an array of `shape`, beginning at `start`, adds to the sum; by NumPy
+    or by jax.numpy (`xnp`)."""
+    per_element = max(x.dtype.itemsize // 4, 1)  # 64-bit types count as two elements along the last axis
+    shape, start = shape or (1,), start or (0,)
     if xnp.iscomplexobj(x):
+        shape, start, per_element = (*shape, 2), (*start, 0), per_element // 2
         x = xnp.stack([x.real, x.imag], axis=-1)
     x = x.reshape(x.shape or (1,))
     if x.dtype == bool:
         x = x.astype(xnp.uint8)
     unsigned = {1: xnp.uint8, 2: xnp.uint16}.get(x.dtype.itemsize, xnp.uint32)
-    bits = x.view(unsigned).astype(xnp.uint32)  # 64-bit types become twice as long
+    bits = x.view(unsigned).astype(xnp.uint32)
+    shape = (*shape[:-1], shape[-1] * per_element)
+    start = (*start[:-1], start[-1] * per_element)
     position, stride = xnp.uint32(0x9E3779B9), 1
     for axis in reversed(range(bits.ndim)):
-        index = xnp.arange(bits.shape[axis], dtype=xnp.uint32) * xnp.uint32(stride % 2**32)
+        index = xnp.arange(bits.shape[axis], dtype=xnp.uint32) + xnp.uint32(start[axis] % 2**32)
+        index = index * xnp.uint32(stride % 2**32)
         position = position + index.reshape([-1 if a == axis else 1 for a in range(bits.ndim)])
-        stride *= bits.shape[axis]
+        stride *= shape[axis]
     return xnp.sum(_mix(bits ^ _mix(position, xnp), xnp), dtype=xnp.uint32)
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_jax.config import CheckpointConfig
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError
+from moe_jax.training.distributed import gather
 from moe_jax.training.run import Progress, Run
 from moe_jax.training.signals import StopGuard, Stopped
 
@@ -30,7 +31,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Stateful(Protocol):
-    """A source of data whose place can be saved: Grain's iterators, `data.problems.ProblemText`."""
+    """A source of data whose place can be saved: `data.text.TrainBatches`, `data.problem_text.ProblemText`."""
 
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
@@ -114,6 +115,14 @@ def _explain_fresh_start(run: Run, phase: str, step: int, every: int) -> None:
     logger.warning("%s stopped at step %d, before its first checkpoint: it starts again.", phase, step)
 
 
+def _merged(states: Sequence[Any]) -> Any:
+    """One place in the data from those of all processes, each of which may know only the rows that it reads."""
+    if not all(isinstance(state, dict) for state in states):
+        return states[0]
+    names = {name: None for state in states for name in state}
+    return {name: _merged([state[name] for state in states if name in state]) for name in names}
+
+
 class _Loop:
     """The newest state and what of it is already checked, logged and saved; used by the stop signal's thread too."""
 
@@ -156,11 +165,16 @@ class _Loop:
         """Saves the newest finished state, if it is not saved yet."""
         with self.lock:
             if self.step > self.saved:
-                self.checkpoints.save(self.step, self.state, {"data": self.data_state})
+                self.checkpoints.save(self.step, self.state, {"data": _merged(gather(self.data_state))})
                 self.saved = self.step
 
     def save_in_emergency(self) -> str | None:
-        """Saves from another thread while the main one compiles or computes; returns where the run stopped."""
+        """Saves from another thread while the main one compiles or computes; returns where the run stopped.
+
+        With several processes it saves nothing: all would have to, of the same step.
+        """
+        if jax.process_count() > 1:
+            return self.where()
         deadline = time.monotonic() + 60
         while any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)) and time.monotonic() < deadline:
             time.sleep(0.05)  # donated to a step in flight, whose result is about to take its place

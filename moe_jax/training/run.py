@@ -4,6 +4,7 @@
     metrics.jsonl          one line per `log`: phase, step, elapsed (seconds, over all sessions), then the metrics
     tensorboard/<phase>/   the same as TensorBoard events
     checkpoints/<phase>/   see checkpoint.py
+    tokenizer/             a copy of the tokenizer, unless it is the byte-level one
     anything else          written whole or not at all, by `write_json` and `write_rows`
 
 All JSON is strict: NaN, which it cannot hold, is written as null, and the infinities as "Infinity" and "-Infinity".
@@ -20,6 +21,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -34,6 +37,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tqdm import tqdm
 
 from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.distributed import barrier
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +49,15 @@ class RunError(RuntimeError):
 
 
 class Run:
-    """A run folder that this process holds. Made by `Run.open`; a context manager."""
+    """A run folder that this process holds. Made by `Run.open`; a context manager.
 
-    def __init__(self, run_dir: Path, lock: TextIO, resumed: bool):
+    Of several processes only the first one holds it and writes; for the others everything that writes does nothing.
+    They read the same folder.
+    """
+
+    def __init__(self, run_dir: Path, lock: TextIO | None, resumed: bool):
         self.dir = run_dir
+        self.writes = lock is not None
         self.resumed = resumed
         self._lock = lock
         self._events: dict[str, EventsWriter] = {}
@@ -68,6 +77,9 @@ class Run:
             written.
         """
         run_dir = Path(run_dir).absolute()
+        if jax.process_index() > 0:
+            barrier("run folder")
+            return cls(run_dir, None, resumed=True)
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = _lock(run_dir)
@@ -81,6 +93,7 @@ class Run:
                     content = {**wanted, **_versions(), "command": shlex.join(sys.orig_argv)}
                     _write(run_dir / "config.json", _dumps(content, indent=2) + "\n")
                 _drop_rows(run_dir / "metrics.jsonl", lambda row: False)
+                barrier("run folder")
                 return cls(run_dir, lock, resumed)
             except BaseException:
                 lock.close()
@@ -98,13 +111,15 @@ class Run:
             for writer in self._events.values():
                 writer.close()
         self._events.clear()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def discard(self) -> None:
         """Takes back a folder in which nothing was done yet, so that a mended command finds it free."""
-        if self.resumed or (self.dir / "metrics.jsonl").exists():
+        if self.resumed or (self.dir / "metrics.jsonl").exists() or (self.dir / "checkpoints").exists():
             return
         with suppress(OSError):
+            shutil.rmtree(self.dir / "tokenizer", ignore_errors=True)
             (self.dir / "config.json").unlink()
             (self.dir / ".lock").unlink()
             self.dir.rmdir()  # unless something else is in it
@@ -123,6 +138,8 @@ class Run:
         Raises:
           RunError: the folder cannot be written.
         """
+        if not self.writes:
+            return
         values = {name: value if isinstance(value, list) else float(value) for name, value in metrics.items()}
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
         line = _dumps({"phase": phase, "step": int(step), "elapsed": round(self.elapsed, 3), **values}) + "\n"
@@ -138,6 +155,8 @@ class Run:
         Raises:
           RunError: the folder cannot be written.
         """
+        if not self.writes:
+            return
         with _writing(self.dir):
             _drop_rows(self.dir / "metrics.jsonl", lambda row: row["phase"] == phase and row["step"] > step)
             if (self.dir / "tensorboard" / phase).exists():
@@ -161,6 +180,8 @@ class Run:
 
     def write_json(self, name: str, data: Any) -> None:
         """Writes a JSON file of the folder, whole or not at all."""
+        if not self.writes:
+            return
         with _writing(self.dir):
             _write(self.path(name), _dumps(data, indent=2) + "\n")
 
@@ -174,6 +195,8 @@ class Run:
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes a JSONL file of the folder, e.g. "rollouts/grpo/000010.jsonl", whole or not at all."""
+        if not self.writes:
+            return
         with _writing(self.dir):
             _write(self.path(name), "".join(_dumps(row) + "\n" for row in rows))
 
@@ -373,8 +396,8 @@ class Progress:
         """`total`: steps of the phase; `start`: those that earlier sessions did; `file`: standard error by default."""
         self._phase, self._total, self._step = phase, total, start
         self._file = file if file is not None else sys.stderr
-        self._bar = None
-        if self._file.isatty():
+        self._bar, self._silent = None, jax.process_index() > 0
+        if self._file.isatty() and not self._silent:
             self._bar = tqdm(total=total, initial=start, desc=phase, file=self._file, dynamic_ncols=True, leave=True)
         self._first: tuple[int, float] | None = (
             None  # when the first step ended: it compiles, and says nothing of speed
@@ -397,7 +420,7 @@ class Progress:
             self._bar.update(step - self._step)
         self._step, self._text = step, text
         self._first = self._first or (step, now)
-        if self._bar is None and (now - self._shown_at >= 10 or step >= self._total):
+        if self._bar is None and not self._silent and (now - self._shown_at >= 10 or step >= self._total):
             self._shown_at = now
             self._print(now)
 

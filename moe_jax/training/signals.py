@@ -52,14 +52,18 @@ class StopGuard:
     comes to none for `grace_seconds`, a background thread calls `on_emergency`, writes `farewell` to standard error,
     and ends the process with 130 or 143 (1 if saving failed). A second signal, more than a second later, ends the
     process at once.
+
+    In a run of several processes `agree` decides at each `check` whether all stop there: it gets the signal that came
+    to this process, or None, and returns the one to stop for (`distributed.StopAgreement`).
     """
 
-    def __init__(self, grace_seconds: float = 5.0):
+    def __init__(self, grace_seconds: float = 5.0, agree: Callable[[int | None], int | None] = lambda signum: signum):
         self.on_emergency: Callable[[], str | None] | None = None
         """Called in the background thread, while the main thread may be anywhere. It saves the last completed state,
         unless it is saved already, and returns where the run stopped (see `farewell`). While a step that donates this
         state is in flight it waits for the new one."""
         self._grace_seconds = grace_seconds
+        self._agree = agree
         self._signum: int | None = None
         self._noticed = threading.Event()  # the main thread is on its way out
         self._lock = threading.Lock()  # decides who stops the run: the main thread or the watcher
@@ -103,11 +107,11 @@ class StopGuard:
         Raises:
           Stopped: a signal has arrived.
         """
-        if self._signum is None or self._watcher is None:
+        if self._watcher is None or (signum := self._agree(self._signum)) is None:
             return
         if self._stopping():
             self._watcher.join()
-        raise Stopped(self._signum)
+        raise Stopped(signum)
 
     def _stopping(self) -> bool:
         """Whether the watcher is ending the process. If not, it leaves that to the main thread from now on."""

@@ -19,6 +19,7 @@ from moe_jax.losses import SumCount
 from moe_jax.losses.balance import RouterLoad, load_metrics
 from moe_jax.model.definition import Arrays, Definition
 from moe_jax.model.router import updated_bias
+from moe_jax.sharding import replicate
 
 Batch = dict[str, Array]
 
@@ -155,6 +156,6 @@ def make_update(
                 counts_LE, rate = load.counts_LE, balance.bias_update_rate
                 rest[bias] = updated_bias(rest[bias], counts_LE, rate, balance.bias_zero_mean)
             metrics |= {f"{room}/{key}": value for key, value in load_metrics(load, rest.get(bias)).items()}
-        return TrainState(state.step + 1, params, rest, opt_state), metrics
+        return TrainState(state.step + 1, params, rest, opt_state), replicate(metrics)
 
     return jax.jit(update, donate_argnums=0)

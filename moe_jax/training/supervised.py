@@ -30,7 +30,7 @@ from moe_jax.model.definition import Arrays, Definition
 from moe_jax.model.mtp import MTPOutput
 from moe_jax.model.router import RouterStats
 from moe_jax.model.transformer import ModelOutput, Transformer
-from moe_jax.sharding import batch_shards, put_batch
+from moe_jax.sharding import batch_shards, put_batch, replicate
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
 from moe_jax.training.state import Batch, CountTotals, Loss, LossOutput, TrainState, Update, micro_batches
@@ -185,7 +185,7 @@ class BitsPerByte:
             targets_BS, weights_BS = next_token_targets(tokens_BS, segments_BS)
             options = {"banned_ids": banned_ids, "shards": batch_shards(len(tokens_BS))}
             nll = cross_entropy(output.hidden_BSD, model.head(), targets_BS, weights_BS, **options)
-            return nll.sum, nll.count, jnp.sum(weights_BS * jnp.asarray(bytes_V)[targets_BS])
+            return replicate((nll.sum, nll.count, jnp.sum(weights_BS * jnp.asarray(bytes_V)[targets_BS])))
 
         self._sums = sums
 
@@ -215,10 +215,14 @@ def train_supervised(
     data: Any,
     steps: int,
     checkpoint: CheckpointConfig,
+    num_rows: int | None = None,
 ) -> TrainState:
-    """Runs a phase of supervised training on `data`, an iterator of batches with `get_state` and `set_state`."""
+    """Runs a phase of supervised training on `data`, an iterator of batches with `get_state` and `set_state`.
+
+    Its batches are whole, the same in every process; or, with `num_rows`, this process's rows of so many.
+    """
 
     def body(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        return update(state, put_batch(next(data), session.mesh))
+        return update(state, put_batch(next(data), session.mesh, num_rows))
 
     return run_phase(session.run, session.guard, phase, steps, state, body, checkpoint=checkpoint, data=data)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import ConfigError, ProblemConfig
 from moe_jax.data import DataError
-from moe_jax.data.problems import load_problems, parse_number, same_answer
+from moe_jax.data.problems import load_problems, parse_number, read_problems, same_answer
 from moe_jax.rng import random_generator
 
 SMALL = ProblemConfig(min_terms=2, max_terms=4, test_problems=300)
@@ -293,3 +293,42 @@ def test_reasoning_gym_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(DataError, match="pip install reasoning-gym"):
         load_problems(ProblemConfig(source="reasoning_gym", task="chain_sum"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"question": "How many?", "answer": "7 of them\n#### 1,080"}, "1080"),
+        (
+            {"problem": "Which?", "solution": r"Not \boxed{1} but $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
+            r"\frac{1}{2}",
+        ),
+        ({"problem": "Which?", "solution": r"\boxed{1}", "answer": r"\pi"}, r"\pi"),
+        ({"problem": "Which?", "answer": 204}, "204"),
+    ],
+)
+def test_files_of_problems_in_both_formats(tmp_path, record, answer):
+    lines, single = tmp_path / "problems.jsonl", tmp_path / "1.json"
+    lines.write_text(json.dumps(record) + "\n\n")
+    single.write_text(json.dumps(record, indent=2))
+    (problem,) = read_problems(lines)
+    assert problem.answer == answer and problem.prompt in record.values()
+    assert read_problems(single) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "x"}', "line 2: has neither 'question' and 'answer'"),
+        ('{"problem": "x", "solution": "7"}', r"line 2: field 'solution' has no \\boxed"),
+        ('{"problem": "x"}', "line 2: field 'solution' is missing"),
+        ("[]", "line 2: not a JSON object but list"),
+    ],
+)
+def test_a_record_of_neither_format_is_named(tmp_path, line, message):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"question": "x", "answer": "#### 1"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_problems(file)
+    with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read.*give a \.jsonl file"):
+        read_problems(tmp_path / "absent.jsonl")

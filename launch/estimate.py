@@ -1,0 +1,221 @@
+"""What training or serving a model costs, in seconds and without a device.
+
+    python -m launch.estimate --preset deepseek_v3 --topology v5p:8x16x16 --mesh.fsdp 128 --mesh.expert 16 \\
+        --batch 2048 --seq 4096 --tokens 14.8e12 [--json]
+    python -m launch.estimate --preset deepseek_v3 --chip h800 --chips 2048 --mfu 0.3894 --tokens 14.8e12
+
+Without --mfu the speed is the roofline's, which no machine reaches: the largest of the times that computing, HBM and
+the interconnect take at their peaks. `python -m launch.compile` has XLA's word on memory and communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_jax.analysis import cost
+from moe_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig
+from moe_jax.presets import deepseek_v3, get
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "deepseek_v3"
+    """A named model (`moe_jax/presets.py`), in bfloat16 with remat = "block"; the flags --model.… change it."""
+    topology: str = ""
+    """TPUs and their torus of chips: v4:4x4x8, v5e:16x16, v5p:8x16x16, v6e:16x16, tpu7x:4x4x4."""
+    chip: str = ""
+    """Instead of a topology: a kind of chip (`moe_jax/analysis/cost.py` has them) ..."""
+    chips: int = 0
+    """... and how many."""
+    batch: int = 0
+    """Rows of a step; 0: one row a device, of a micro-batch."""
+    seq: int = 4096
+    """Tokens of a row."""
+    accumulation_steps: int = 1
+    """Micro-batches that a step's batch is divided into."""
+    tokens: float = 14.8e12
+    """Tokens of the whole training (when decoding: to be generated)."""
+    mfu: float = 0.0
+    """Model FLOPs utilisation, if it is known: of the bfloat16 peak, with causal attention. 0: the roofline's."""
+    price: float = -1.0
+    """Dollars per chip and hour; -1: the table's."""
+    extra_chip_hours: float = 0.0
+    """Added to the bill: context extension, post-training."""
+    decode: bool = False
+    """Generate, one token per row and step, instead of training."""
+    context: int = 4096
+    """Decoding: tokens of a row in the cache."""
+    json: bool = False
+    """Print JSON."""
+    model: ModelConfig = field(default_factory=deepseek_v3)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mfu <= 1:
+            raise ConfigError(f"--mfu {self.mfu}: must lie between 0 and 1")
+        for name in ("seq", "accumulation_steps", "tokens", "context"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be greater than 0")
+        if self.batch < 0:
+            raise ConfigError(f"--batch {self.batch}: must be 0 or greater")
+
+
+def parse(config: type, arguments: list[str], description: str | None) -> Any:
+    """The configuration that the command line says; `--preset` replaces the model before other flags change it."""
+    import tyro
+
+    names = [*arguments, ""]
+    given = [after for flag, after in itertools.pairwise(names) if flag == "--preset"]
+    given += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
+    preset = given[-1] if given else config.preset
+    model = dataclasses.replace(get(preset), dtype="bfloat16", remat="block")
+    return tyro.cli(config, default=config(preset=preset, model=model), args=arguments, description=description)
+
+
+def hardware_of(config: Config) -> cost.Hardware:
+    hardware = cost.parse_hardware(config.topology, config.chip, config.chips)
+    if config.price < 0:
+        return hardware
+    return dataclasses.replace(hardware, chip=dataclasses.replace(hardware.chip, dollars_per_hour=config.price))
+
+
+def moment_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes of optimizer state per parameter; Muon keeps one moment of matrices, here of all."""
+    return 4 if optimizer.name == "muon" else 8
+
+
+def estimate(config: Config) -> dict[str, Any]:
+    """The figures under their names; seconds, bytes per device's chip, hours of all chips together.
+
+    Raises:
+        ConfigError: the mesh does not fit the hardware, or the batch the mesh.
+    """
+    from moe_jax.analysis.flops import kv_cache_bytes_per_token, parameter_counts, training_flops_per_token
+    from moe_jax.analysis.workload import decoding_workload, mesh_sizes, training_workload
+
+    cfg, hardware = config.model, hardware_of(config)
+    sizes = mesh_sizes(config.mesh, hardware.devices)
+    batch = config.batch or config.accumulation_steps * hardware.devices // sizes["tensor"]
+    if config.decode:
+        work = decoding_workload(cfg, sizes, batch, config.context)
+    else:
+        work = training_workload(
+            cfg,
+            sizes,
+            batch,
+            config.seq,
+            accumulation_steps=config.accumulation_steps,
+            moment_bytes=moment_bytes(config.optimizer),
+        )
+    counts, devices = parameter_counts(cfg), hardware.chip.devices
+    memory = {name: devices * value for name, value in dataclasses.asdict(work.memory).items()}
+    figures = {
+        "parameters_total": counts.total,
+        "parameters_mtp": counts.mtp,
+        "parameters_active": counts.active,
+        "parameters_active_non_embedding": counts.active_non_embedding,
+        "training_flops_per_token": training_flops_per_token(cfg, config.seq),
+        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(cfg),
+        "chips": hardware.chips,
+        "mesh": sizes,
+        "batch": batch,
+        "bytes_per_chip": devices * work.memory.total,
+        "memory_per_chip": memory,
+        "hbm_per_chip": hardware.chip.hbm_bytes,
+        "fits": devices * work.memory.total <= hardware.chip.hbm_bytes,
+    }
+    return figures | time_and_money(config, hardware, work, sizes)
+
+
+def time_and_money(config: Config, hardware: cost.Hardware, work: Any, sizes: dict[str, int]) -> dict[str, Any]:
+    """Step time, what bounds it, MFU, chip hours and dollars of a workload."""
+    bound = cost.roofline(work.step, hardware, sizes)
+    ideal = work.tokens * work.model_flops_per_token / (hardware.chips * hardware.chip.flops)
+    seconds = ideal / config.mfu if config.mfu else bound.step_seconds
+    bill = cost.bill(config.tokens, work.tokens / seconds, hardware.chips, hardware.chip.dollars_per_hour)
+    chip_hours = bill.chip_hours + config.extra_chip_hours
+    price = hardware.chip.dollars_per_hour
+    return {
+        "step_seconds": seconds,
+        "bound_by": "mfu given" if config.mfu else bound.bound_by,
+        "roofline_seconds": {
+            "compute": bound.compute_seconds,
+            "hbm": bound.hbm_seconds,
+            "interconnect": bound.interconnect_seconds,
+        },
+        "collective_bytes_per_device": collective_bytes(work.step.collectives),
+        "mfu": ideal / seconds,
+        "tokens_per_second": work.tokens / seconds,
+        "days": bill.days,
+        "chip_hours": chip_hours,
+        "dollars": None if price is None else chip_hours * price,
+        "dollars_per_chip_hour": price,
+    }
+
+
+def collective_bytes(collectives: Any) -> dict[str, float]:
+    """Bytes of operands a step, by kind and axes; of an all-gather, of its results."""
+    total: dict[str, float] = {}
+    for collective in collectives:
+        name = f"{collective.kind} {'+'.join(collective.axes)}"
+        total[name] = total.get(name, 0.0) + collective.count * collective.num_bytes
+    return total
+
+
+def report(figures: dict[str, Any], config: Config) -> str:
+    """The figures as a table for people."""
+    memory = figures["memory_per_chip"]
+    seconds = figures["roofline_seconds"]
+    dollars, price = figures["dollars"], figures["dollars_per_chip_hour"]
+    money = "no price is known: give --price" if dollars is None else f"${dollars:,.0f} at ${price:.2f} a chip hour"
+    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in memory.items() if value)
+    mesh = ", ".join(f"{name} {size}" for name, size in figures["mesh"].items())
+    rows = [
+        (
+            "parameters",
+            f"{figures['parameters_total'] / 1e9:.3f} B, {figures['parameters_active'] / 1e9:.3f} B active"
+            f" ({figures['parameters_active_non_embedding'] / 1e9:.3f} B without embeddings)",
+        ),
+        ("training FLOPs per token", f"{figures['training_flops_per_token'] / 1e9:.1f} G (causal, without MTP)"),
+        ("KV cache per token", f"{figures['kv_cache_bytes_per_token'] / 1e3:.3f} KB in bfloat16"),
+        ("hardware", f"{figures['chips']} x {config.chip or config.topology}; {mesh}; batch {figures['batch']}"),
+        (
+            "memory per chip",
+            f"{figures['bytes_per_chip'] / 1e9:.1f} of {figures['hbm_per_chip'] / 1e9:.1f} GB:"
+            f" {'fits' if figures['fits'] else 'DOES NOT FIT'} ({parts})",
+        ),
+        (
+            "roofline",
+            f"compute {seconds['compute']:.3g} s, HBM {seconds['hbm']:.3g} s,"
+            f" interconnect {seconds['interconnect']:.3g} s",
+        ),
+        ("step", f"{figures['step_seconds']:.4g} s, bound by {figures['bound_by']}; MFU {100 * figures['mfu']:.1f} %"),
+        *((f"  {name}", f"{value / 1e9:.2f} GB") for name, value in figures["collective_bytes_per_device"].items()),
+        (
+            f"{config.tokens:.3g} tokens",
+            f"{figures['days']:,.1f} days, {figures['chip_hours']:,.0f} chip hours, {money}",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        config = parse(Config, sys.argv[1:] if arguments is None else arguments, __doc__)
+        figures = estimate(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures, indent=2) if config.json else report(figures, config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

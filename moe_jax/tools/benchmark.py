@@ -1,0 +1,90 @@
+"""`python -m moe_jax benchmark`: speed on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from moe_jax.tools.inspect_routing import routed_text
+from moe_jax.tools.model import ToolError
+
+
+def benchmark_moe(
+    hidden_size: int = 256,
+    expert_size: int = 128,
+    experts: tuple[int, ...] = (8, 64, 256),
+    experts_per_token: int = 6,
+    tokens: int = 4096,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    routing: tuple[Literal["balanced", "measured", "worst"], ...] = ("balanced", "measured", "worst"),
+    run: Path | None = None,
+    repeats: int = 10,
+    full_step: bool = True,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    plot: Path = Path("benchmark_moe.png"),
+) -> None:
+    """Times sparse layers and training steps against dense ones of the same active work, and grouped products.
+
+    Prints tables and writes a plot. Leave the machine alone meanwhile: two cores need several minutes.
+
+    Args:
+        hidden_size: Width of the tokens.
+        expert_size: Inner width of an expert; the dense layer is as wide as the experts of a token together.
+        experts: Numbers of experts.
+        experts_per_token: How many of them a token uses.
+        tokens: How many tokens a layer works on.
+        dtype: Of the arithmetic.
+        routing: balanced: each expert equally often; measured: as uneven as the router of --run, by default a
+            log-normal popularity; worst: all tokens on the same experts.
+        run: The folder of a run with a sparse model.
+        repeats: How often each is timed.
+        full_step: Also times training steps of a sparse model of 34 M parameters and of its dense equal.
+        as_json: Prints the results as one JSON object, and nothing else.
+        plot: A PNG file: time against the number of experts.
+    """
+    if run is not None and "measured" not in routing:
+        raise ToolError("--run says what the measured routing is like: add measured to --routing, or leave --run out")
+    if plot.suffix != ".png":
+        raise ToolError(f"--plot {plot}: must be a .png file")
+    try:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.open("ab").close()
+    except OSError as error:
+        raise ToolError(f"cannot write {plot}: {error}. Name another file with --plot") from error
+
+    from moe_jax.benchmarks import moe as benchmark
+
+    config = benchmark.MoEBenchmark(
+        hidden_size=hidden_size,
+        expert_size=expert_size,
+        experts=experts,
+        experts_per_token=experts_per_token,
+        tokens=tokens,
+        dtype=dtype,
+        routing=routing,
+        load_profile=None if run is None else _load_profile(run),
+        repeats=repeats,
+        step=benchmark.FullStep() if full_step else None,
+    )
+    results = benchmark.benchmark_moe(config)
+    benchmark.plot_moe(results, plot)
+    print(json.dumps(results.to_json()) if as_json else f"{benchmark.table(results)}\n\nPlot: {plot}")
+
+
+def _load_profile(run: Path) -> tuple[float, ...]:
+    """How uneven the loads are that a run's newest router gives to held-out text."""
+    import numpy as np
+
+    from moe_jax.analysis.inspect_routing import make_routing
+    from moe_jax.analysis.routing import expert_counts
+    from moe_jax.benchmarks.moe import load_profile
+
+    phase, definition, step, params, rest, _, rows = routed_text(run, None, (), 32_768)
+    print(f"{run}: {phase}, step {step}; {', '.join(rows.names)}", file=sys.stderr, flush=True)
+    experts_LTK = make_routing(definition, rows)(step, params, rest).experts_LTK
+    E = definition.cfg.moe.num_experts
+    return load_profile(np.array([expert_counts(experts_TK, E) for experts_TK in experts_LTK]))

@@ -1,0 +1,89 @@
+"""`python -m moe_jax convert`: the model of a run as a Hugging Face folder, and a Hugging Face folder as a run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_jax.config import MeshConfig, to_dict
+from moe_jax.tools.model import ONE_DEVICE, ToolError, mendable
+
+
+def convert(
+    run: Path | None = None,
+    out: Path | None = None,
+    checkpoint: str | None = None,
+    run_dir: Path | None = None,
+    phase: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    mesh: MeshConfig = ONE_DEVICE,
+) -> None:
+    """Converts a run's checkpoint to a Hugging Face folder (--run, --out), or the other way (--checkpoint, --run-dir).
+
+    A Hugging Face folder gets config.json, the weights as safetensors, and the tokenizer; the byte-level tokenizer is
+    written as a tokenizer.json with the same ids. A run folder gets the weights as its phase `init`, the tokenizer and
+    config.json: `generate`, `evaluate` and `inspect-routing` take it, and experiments with --init.
+
+    Args:
+        run: The folder of a run, finished or in progress.
+        out: The Hugging Face folder to write; must not exist yet, or be empty.
+        checkpoint: A Hugging Face folder, or the name of a repository.
+        run_dir: The run folder to write; must not exist yet.
+        phase: Whose checkpoint of the run: base, grpo, ... By default the phase trained last, controls aside.
+        dtype: Of the written tensors, with --out; by default that of the model's arithmetic, as is usual.
+        mesh: Devices that a large model is spread over.
+    """
+    if run is not None and out is not None and checkpoint is None and run_dir is None:
+        _export(run, out, phase, dtype, mesh)
+    elif checkpoint is not None and run_dir is not None and run is None and out is None:
+        if phase is not None or dtype is not None:
+            raise ToolError("--phase and --dtype: are for --run; a run folder holds float32 weights in a phase `init`")
+        _import(checkpoint, run_dir, mesh)
+    else:
+        raise ToolError("give --run RUN_FOLDER --out HUGGING_FACE_FOLDER, or --checkpoint FOLDER --run-dir RUN_FOLDER")
+
+
+def _export(run: Path, out: Path, phase: str | None, dtype: str | None, mesh: MeshConfig) -> None:
+    from moe_jax.data.tokenizer import HFTokenizer
+    from moe_jax.interop.byte_tokenizer import write_byte_tokenizer
+    from moe_jax.interop.pretrained import Pretrained, save_pretrained
+    from moe_jax.sharding import make_mesh
+    from moe_jax.training.weights import newest_phase, restore_weights, run_definition, run_tokenizer
+
+    with mendable():
+        config, definition = run_definition(run)
+        phase = newest_phase(run, phase)
+        tokenizer = run_tokenizer(run, config, definition.cfg.vocab_size)
+        weights = restore_weights(run, definition, phase, make_mesh(mesh))
+        with tempfile.TemporaryDirectory() as temporary:
+            if not isinstance(tokenizer, HFTokenizer):
+                write_byte_tokenizer(Path(temporary))
+                tokenizer = HFTokenizer(temporary)
+            generation_file = tokenizer.file.parent / "generation_config.json"
+            generation: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            if generation_file.is_file():
+                generation = json.loads(generation_file.read_text(encoding="utf-8"))
+            model = Pretrained(definition, weights.params, weights.rest, tokenizer, generation)
+            save_pretrained(model, out, dtype=dtype)
+    stored = dtype or definition.cfg.dtype
+    print(f"{run}: {phase}, step {weights.step} → {out} ({stored} tensors)")
+
+
+def _import(checkpoint: str, run_dir: Path, mesh: MeshConfig) -> None:
+    from moe_jax.model.definition import Definition
+    from moe_jax.sharding import make_mesh
+    from moe_jax.training.run import Run
+    from moe_jax.training.start import keep_tokenizer, start_config, start_weights
+
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ToolError(f"--run-dir {run_dir}: is there already; name another folder")
+    with mendable():
+        placed = make_mesh(mesh)
+        model, tokenizer = start_config(checkpoint, run_dir)
+        config = {"seed": 0, "init": checkpoint, "tokenizer": tokenizer, "model": to_dict(model)}
+        with Run.open(run_dir, "convert", config) as run:
+            keep_tokenizer(run.dir, tokenizer)
+            start_weights(run, checkpoint, Definition.of(model), placed)
+    print(f"{checkpoint} → {run_dir} (phase init)")
