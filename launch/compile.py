@@ -132,22 +132,20 @@ def _training(config: Config, mesh: Any, batch: int) -> tuple[Any, tuple]:
     from moe_jax.model.definition import Definition
     from moe_jax.sharding import partition_spec
     from moe_jax.training.optimizer import make_optimizer
-    from moe_jax.training.state import make_update, start_state
+    from moe_jax.training.state import TrainState, make_update, moment_shardings
     from moe_jax.training.supervised import make_loss, make_totals
 
     definition = Definition.of(config.model)
     optimizer = make_optimizer(config.optimizer, 1000, definition)
     params, rest = _abstract(definition, mesh, None)
-    state = jax.eval_shape(lambda params, rest: start_state(definition, optimizer, params, rest, mesh), params, rest)
-    by_name = definition.shardings(mesh)[0]
+    moments = jax.eval_shape(optimizer.init, params)
 
-    def placed(path: tuple, leaf: Any) -> Any:
-        name = getattr(path[-1], "key", "") if path else ""
-        shaped_alike = name in params and leaf.shape == params[name].shape
-        sharding = by_name[name] if shaped_alike else NamedSharding(mesh, jax.sharding.PartitionSpec())
+    def placed(leaf: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.tree_util.tree_map_with_path(placed, state)
+    step = placed(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    moments = jax.tree.map(placed, moments, moment_shardings(moments, definition, mesh))
+    state = TrainState(step, params, rest, moments)
     shape = (batch, config.seq)
     rows = NamedSharding(mesh, partition_spec(("batch", None), shape, mesh))
     names = ("tokens_BS", "segment_ids_BS", "positions_BS")
@@ -226,7 +224,6 @@ def plan(config: Config) -> dict[str, Any]:
         ConfigError: see `topology_devices`, `make_mesh` and `estimate.estimate`.
     """
     from moe_jax.analysis import hlo
-    from moe_jax.analysis.workload import decoding_workload, training_workload
 
     figures = estimate.estimate(config)
     mesh = make_mesh(config, topology_devices(config.topology))
@@ -245,13 +242,7 @@ def plan(config: Config) -> dict[str, Any]:
     if not compiled.fits:
         return figures
     found = hlo.collectives(compiled.hlo, sizes)
-    if config.decode:
-        work = decoding_workload(config.model, sizes, figures["batch"], config.context)
-    else:
-        moments, M = estimate.moment_bytes(config.optimizer), config.accumulation_steps
-        work = training_workload(
-            config.model, sizes, figures["batch"], config.seq, accumulation_steps=M, moment_bytes=moments
-        )
+    work = estimate.workload_of(config, sizes, figures["batch"])
     # Ragged exchanges send what the routing gives; buffers are that many times an even load.
     room = config.model.moe.dispatch_buffer
     seen = tuple(
@@ -281,8 +272,7 @@ def candidates(config: Config) -> Iterator[tuple[Config, dict[str, Any]]]:
             if devices % (tensor * expert):
                 continue
             sizes = {"fsdp": devices // tensor // expert, "expert": expert, "tensor": tensor}
-            torus = [*hardware.torus, *[n for n in (hardware.chip.devices,) if n > 1]]
-            placed = cost.torus_dimensions(torus, sizes)
+            placed = cost.torus_dimensions(hardware.grid, sizes)
             if any(size > 1 and not placed[name] for name, size in sizes.items()):
                 continue
             for remat in ("block", "dots", "none"):

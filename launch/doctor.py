@@ -144,10 +144,8 @@ def check_hosts(expected: int, seen: Sequence[str]) -> Check:
 
 
 def check_disk(folder: Path, gib: float) -> Check:
-    if "://" in str(folder) or re.match(r"gs:/", str(folder)):
-        return Check(
-            "run folder", "warning", f"{folder}: a bucket is not checked", "see that this host may write to it"
-        )
+    if re.match(r"\w+:/", str(folder)):
+        return Check("run folder", "failed", f"{folder} is no folder", "mount the bucket as one (gcsfuse, s3fs)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

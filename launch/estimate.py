@@ -2,7 +2,8 @@
 
     python -m launch.estimate --preset deepseek_v3 --topology v5p:8x16x16 --mesh.fsdp 128 --mesh.expert 16 \\
         --batch 2048 --seq 4096 --tokens 14.8e12 [--json]
-    python -m launch.estimate --preset deepseek_v3 --chip h800 --chips 2048 --mfu 0.3894 --tokens 14.8e12
+    python -m launch.estimate --preset deepseek_v3 --chip h800 --chips 2048 --mesh.fsdp 64 --mesh.expert 32 \\
+        --mfu 0.3894 --tokens 14.8e12
 
 Without --mfu the speed is the roofline's, which no machine reaches: the largest of the times that computing, HBM and
 the interconnect take at their peaks. `python -m launch.compile` has XLA's word on memory and communication.
@@ -97,22 +98,12 @@ def estimate(config: Config) -> dict[str, Any]:
         ConfigError: the mesh does not fit the hardware, or the batch the mesh.
     """
     from moe_jax.analysis.flops import kv_cache_bytes_per_token, parameter_counts, training_flops_per_token
-    from moe_jax.analysis.workload import decoding_workload, mesh_sizes, training_workload
+    from moe_jax.analysis.workload import mesh_sizes
 
     cfg, hardware = config.model, hardware_of(config)
     sizes = mesh_sizes(config.mesh, hardware.devices)
     batch = config.batch or config.accumulation_steps * hardware.devices // sizes["tensor"]
-    if config.decode:
-        work = decoding_workload(cfg, sizes, batch, config.context)
-    else:
-        work = training_workload(
-            cfg,
-            sizes,
-            batch,
-            config.seq,
-            accumulation_steps=config.accumulation_steps,
-            moment_bytes=moment_bytes(config.optimizer),
-        )
+    work = workload_of(config, sizes, batch)
     counts, devices = parameter_counts(cfg), hardware.chip.devices
     memory = {name: devices * value for name, value in dataclasses.asdict(work.memory).items()}
     figures = {
@@ -131,6 +122,23 @@ def estimate(config: Config) -> dict[str, Any]:
         "fits": devices * work.memory.total <= hardware.chip.hbm_bytes,
     }
     return figures | time_and_money(config, hardware, work, sizes)
+
+
+def workload_of(config: Config, sizes: dict[str, int], batch: int) -> Any:
+    """What a device does in a step of training or of decoding.
+
+    Raises:
+        ConfigError: the batch does not fit the mesh.
+    """
+    from moe_jax.analysis.workload import decoding_workload, training_workload
+
+    if config.decode:
+        return decoding_workload(config.model, sizes, batch, config.context)
+    moments = moment_bytes(config.optimizer)
+    steps = config.accumulation_steps
+    return training_workload(
+        config.model, sizes, batch, config.seq, accumulation_steps=steps, moment_bytes=moments
+    )
 
 
 def time_and_money(config: Config, hardware: cost.Hardware, work: Any, sizes: dict[str, int]) -> dict[str, Any]:

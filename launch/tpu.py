@@ -1,12 +1,14 @@
 """A run on Cloud TPU slices, by queued resources.
 
     python -m launch.tpu run --name my-run --accelerator-type v6e-16 --zone us-east5-b --spot \\
-        -- -m experiments.pretrain --run_dir gs://bucket/my-run
+        --prepare 'mountpoint -q /mnt/runs || sudo mount --mkdir SERVER:/share /mnt/runs' \\
+        -- -m experiments.pretrain --run_dir /mnt/runs/my-run
 
 `run` creates the slice if there is none, waits for it, copies this code, installs it, starts the command on every host
 and shows the output of the first. The command goes on if this program ends: `logs` shows it again, `stop` lets it save.
 A slice that was pre-empted (SUSPENDED never comes back) is deleted and created anew, and the command resumes from its
-checkpoint, so `run_dir` must lie in a bucket. `delete` ends the costs: nothing else does.
+checkpoint, so `run_dir` must lie on a disk that all hosts share and that outlives them: Filestore, or a bucket mounted
+with gcsfuse; --prepare mounts it. `delete` ends the costs: nothing else does.
 
 Every action takes --dry-run. The flags of gcloud are those of its release 528; no slice was at hand to try.
 """
@@ -46,6 +48,7 @@ _RUNTIME |= {"v6e": "v2-alpha-tpuv6e"}
 _MAX_POLL_SECONDS = 120.0
 _SSH_BROKE = 255
 _BROKEN_IN_A_ROW = 10
+_TRAVELS = ("pyproject.toml", "README.md", "moe_jax", "experiments", "launch")
 _FOLDER = "$HOME/moe_jax_run"
 """On every host: log, pid, and exit (the exit code, once there is one)."""
 
@@ -71,6 +74,8 @@ class Slice:
     """Cheaper, may be pre-empted."""
     reserved: bool = False
     """From a reservation."""
+    prepare: str = ""
+    """A line of shell on every host before the command, e.g. to mount the disk that `run_dir` lies on."""
     poll_seconds: float = 10.0
     """How soon to look again at first; then less and less often, down to every two minutes."""
     wait_hours: float = 24.0
@@ -132,11 +137,11 @@ class QueuedResource:
         self.shell.check(command, "try again in a minute")
 
     def set_up(self) -> None:
-        """Copies this code to every host and installs it in an environment of its own."""
+        """Copies the packages to every host, and nothing else, and installs them in an environment of its own."""
         with tempfile.TemporaryDirectory() as folder:
             archive = "moe_jax.tar.gz" if self.cfg.dry_run else f"{folder}/moe_jax.tar.gz"
-            leave_out = [f"--exclude=./{name}" for name in (".git", ".venv", "runs")] + ["--exclude=__pycache__"]
-            tar = ["tar", "--create", "--gzip", f"--file={archive}", f"--directory={repository()}", *leave_out, "."]
+            where = [f"--file={archive}", f"--directory={repository()}"]
+            tar = ["tar", "--create", "--gzip", *where, "--exclude=__pycache__", *_TRAVELS]
             self.shell.check(tar, "is the disk full?")
             for node in self.nodes:
                 copy = self._gcloud("tpu-vm", "scp", archive, f"{node}:moe_jax.tar.gz", "--worker=all")
@@ -157,7 +162,7 @@ class QueuedResource:
         script = (
             f"mkdir -p {_FOLDER} && cd moe_jax || exit 1;"
             f" if kill -0 $(cat {_FOLDER}/pid 2>/dev/null) 2>/dev/null; then echo 'a command still runs'; exit 0; fi;"
-            f" rm -f {_FOLDER}/exit; PYTHONUNBUFFERED=1 JAX_PLATFORMS=tpu,cpu"
+            f" {f'{{ {self.cfg.prepare}; }} || exit 1; ' * bool(self.cfg.prepare)}rm -f {_FOLDER}/exit; PYTHONUNBUFFERED=1 JAX_PLATFORMS=tpu,cpu"
             f" setsid nohup bash -c {shlex.quote(body)} >{_FOLDER}/log 2>&1 </dev/null & echo $! >{_FOLDER}/pid"
         )
         for node in self.nodes:
@@ -233,7 +238,9 @@ def _run(resource: QueuedResource, command: Sequence[str]) -> int:
             if code == 0 or resource.cfg.dry_run:
                 return 0
             state = resource.state()
-            if state is None or state in _GONE:
+            if state is None or state == "DELETING":
+                raise LaunchError(f"{resource.cfg.name} was deleted while the command ran")
+            if state in _GONE:
                 break
             if code != _SSH_BROKE or broken == _BROKEN_IN_A_ROW:
                 _say(f"the command ended with exit code {code}; the slice is {state} and costs until `delete`")
@@ -243,7 +250,7 @@ def _run(resource: QueuedResource, command: Sequence[str]) -> int:
             time.sleep(resource.cfg.poll_seconds)
         if not left:
             raise LaunchError(f"{resource.cfg.name} is {state} again, after --retries {resource.cfg.retries}")
-        _say(f"{resource.cfg.name} was pre-empted ({state or 'deleted'}): creating it anew; the command resumes")
+        _say(f"{resource.cfg.name} was pre-empted ({state}): creating it anew; the command resumes")
         broken = 0
         resource.ensure()
         resource.set_up()

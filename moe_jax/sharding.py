@@ -39,7 +39,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes of `MeshConfig`; its first devices are taken if it needs fewer than there are.
 
     Raises:
-        ConfigError: the axes' product does not fit the number of devices.
+        ConfigError: the axes' product does not fit the number of devices, or leaves a process without one.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(cfg)
@@ -56,6 +56,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if needed > len(devices):
         raise ConfigError(
             f"MeshConfig: {sizes} needs {needed} devices, there are {len(devices)}; lower an axis, or set one to -1"
+        )
+    processes = {device.process_index for device in devices}
+    if len({device.process_index for device in devices[:needed]}) < len(processes):
+        raise ConfigError(
+            f"MeshConfig: {sizes} needs {needed} of the {len(devices)} devices and leaves some of the {len(processes)}"
+            " processes without one; raise an axis, set one to -1, or start fewer processes"
         )
     shape = tuple(sizes.values())
     return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * len(shape), devices=devices[:needed])

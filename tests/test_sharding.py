@@ -1,5 +1,7 @@
 """The mesh and the table from logical to mesh axes, on 8 simulated devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,12 @@ def test_meshes_that_do_not_fit_are_refused():
         make_mesh(MeshConfig(fsdp=3))
     with pytest.raises(ConfigError, match="needs 16 devices, there are 8"):
         make_mesh(MeshConfig(data=16))
+
+
+def test_a_mesh_that_leaves_a_process_out_is_refused():
+    devices = [SimpleNamespace(process_index=n // 2) for n in range(4)]
+    with pytest.raises(ConfigError, match="needs 2 of the 4 devices and leaves some of the 2 processes"):
+        make_mesh(MeshConfig(data=2), devices)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,11 @@ class Hardware:
         return self.chips * self.chip.devices
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Dimensions that mesh axes lie along: the torus's, and a chip's devices where it has several."""
+        return (*self.torus, self.chip.devices) if self.chip.devices > 1 else self.torus
+
+    @property
     def device(self) -> Chip:
         """A device's share of its chip."""
         n = self.chip.devices
@@ -156,8 +161,9 @@ def _whole_dimensions(free: Sequence[int], size: int) -> tuple[int, ...]:
 def collective_seconds(collective: Collective, hardware: Hardware, sizes: Mapping[str, int]) -> float:
     """Time of a collective at full speed of the links it can use.
 
-    On a torus: two links for each dimension that its axes lie along, one where the dimension is no ring. What goes to
-    one device each (all-to-all) passes a quarter of each ring on its way. Without a torus: the node's bandwidth if the
+    On a torus: two links for each dimension that its axes lie along, one where the dimension is no ring; between the
+    devices of a chip is taken to be one link, too. What goes to one device each (all-to-all) passes a quarter of each
+    ring on its way. Without a torus: the node's bandwidth if the
     group, with all axes inside it, fits a node, else the network's.
     """
     size = math.prod(sizes[axis] for axis in collective.axes)
@@ -170,7 +176,7 @@ def collective_seconds(collective: Collective, hardware: Hardware, sizes: Mappin
         first = min(names.index(axis) for axis in collective.axes)
         within = math.prod(sizes[name] for name in names[first:])
         return sent / (chip.link_bandwidth if within <= chip.node_chips else chip.network_bandwidth)
-    placed = torus_dimensions(hardware.torus, sizes)
+    placed = torus_dimensions(hardware.grid, sizes)
     dimensions = [dimension for axis in collective.axes for dimension in placed[axis]]
     rings = [dimension % chip.wraps_at == 0 for dimension in dimensions]
     bandwidth = chip.link_bandwidth * max(sum(2 if ring else 1 for ring in rings), 1)

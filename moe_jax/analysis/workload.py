@@ -118,8 +118,10 @@ def training_workload(
     """One optimizer step on `batch` rows of `sequence` tokens; `moment_bytes` of optimizer state per parameter.
 
     Raises:
-        ConfigError: a micro-batch does not divide over the mesh's batch axes.
+        ConfigError: the batch does not divide into micro-batches, or one of them over the mesh's batch axes.
     """
+    if batch % accumulation_steps:
+        raise ConfigError(f"--batch {batch}: must be a multiple of --accumulation-steps {accumulation_steps}")
     rows = _rows(batch // accumulation_steps, sizes)
     all_weights = weights(cfg, sizes)
     held = sum(weight.held for weight in all_weights)

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -73,9 +74,13 @@ class Run:
           config: nested dict of JSON values; all that decides the results, and nothing else.
 
         Raises:
-          RunError: the folder belongs to another experiment or config, a live process holds it, or it cannot be
-            written.
+          RunError: it is no folder but a bucket, belongs to another experiment or config, a live process holds it, or
+            it cannot be written.
         """
+        if re.match(r"\w+:/", str(run_dir)):
+            raise RunError(
+                f"--run-dir {run_dir}: must be a folder; mount the bucket as one on every host (gcsfuse, s3fs)"
+            )
         run_dir = Path(run_dir).absolute()
         if jax.process_index() > 0:
             barrier("run folder")

@@ -54,7 +54,8 @@ class StopGuard:
     process at once.
 
     In a run of several processes `agree` decides at each `check` whether all stop there: it gets the signal that came
-    to this process, or None, and returns the one to stop for (`distributed.StopAgreement`).
+    to this process, or None, and returns the one to stop for (`distributed.StopAgreement`). While they go on to the
+    point that they agreed on, `grace_seconds` counts from the last `check`.
     """
 
     def __init__(self, grace_seconds: float = 5.0, agree: Callable[[int | None], int | None] = lambda signum: signum):
@@ -65,6 +66,7 @@ class StopGuard:
         self._grace_seconds = grace_seconds
         self._agree = agree
         self._signum: int | None = None
+        self._checked = 0.0  # when the last safe point was
         self._noticed = threading.Event()  # the main thread is on its way out
         self._lock = threading.Lock()  # decides who stops the run: the main thread or the watcher
         self._emergency = False
@@ -107,6 +109,7 @@ class StopGuard:
         Raises:
           Stopped: a signal has arrived.
         """
+        self._checked = time.monotonic()
         if self._watcher is None or (signum := self._agree(self._signum)) is None:
             return
         if self._stopping():
@@ -138,8 +141,10 @@ class StopGuard:
                 threading.Thread(target=self._end_unless_noticed, args=(signum,), daemon=True).start()
 
     def _end_unless_noticed(self, signum: int) -> None:
-        if self._noticed.wait(self._grace_seconds):
-            return
+        deadline = time.monotonic() + self._grace_seconds
+        while (left := max(deadline, self._checked + self._grace_seconds) - time.monotonic()) > 0:
+            if self._noticed.wait(left):
+                return
         with self._lock:
             if self._noticed.is_set():
                 return

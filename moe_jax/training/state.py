@@ -77,7 +77,7 @@ def start_state(
     definition: Definition, optimizer: optax.GradientTransformation, params: Arrays, rest: Arrays, mesh: Mesh
 ) -> TrainState:
     """A fresh optimizer on given weights. The weights are copied: updates donate their state."""
-    moments = _moment_shardings(jax.eval_shape(optimizer.init, params), definition, mesh)
+    moments = moment_shardings(jax.eval_shape(optimizer.init, params), definition, mesh)
     shardings = (*definition.shardings(mesh), moments)
     init = jax.jit(
         lambda params, rest: (jnp.zeros((), jnp.int32), params, rest, optimizer.init(params)),
@@ -86,7 +86,7 @@ def start_state(
     return TrainState(*init(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, rest)))
 
 
-def _moment_shardings(opt_state: Any, definition: Definition, mesh: Mesh) -> Any:
+def moment_shardings(opt_state: Any, definition: Definition, mesh: Mesh) -> Any:
     """Optimizer moments lie as their parameters do, everything else is replicated."""
     params, _ = definition.shardings(mesh)
 

@@ -77,6 +77,17 @@ def test_collectives_by_hand():
     assert collective_seconds(gather, pod, {"fsdp": 1, "expert": 64}) == 0
 
 
+def test_a_chip_of_two_devices_adds_a_dimension():
+    ironwood, gather = parse_hardware("tpu7x:4x4x4"), Collective("all-gather", ("fsdp",), 1e9)
+    assert ironwood.grid == (4, 4, 4, 2)
+    assert parse_hardware("v5p:4x4x4").grid == (4, 4, 4)
+    # A device has half of its chip's links: two of each ring, and one to the other device.
+    seconds = collective_seconds(gather, ironwood, {"fsdp": 128})
+    assert seconds == pytest.approx(127 / 128 * 1e9 / ((3 * 2 + 1) * 45e9))
+    seconds = collective_seconds(gather, ironwood, {"fsdp": 64, "tensor": 2})
+    assert seconds == pytest.approx(63 / 64 * 1e9 / (3 * 2 * 45e9))
+
+
 def test_a_group_beyond_its_node_goes_over_the_network():
     cluster, reduce = parse_hardware(chip="h800", chips=64), Collective("all-reduce", ("expert",), 1e9)
     inside = collective_seconds(reduce, cluster, {"fsdp": 8, "expert": 8})

@@ -99,6 +99,7 @@ def test_disk_memory_and_limits(tmp_path):
     assert "make room" in doctor.check_disk(tmp_path, 1e9).remedy
     (tmp_path / "file").touch()
     assert "cannot write" in doctor.check_disk(tmp_path / "file" / "run", 0).found
+    assert "mount the bucket" in doctor.check_disk(Path("gs://bucket/run"), 0).remedy
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
     assert doctor.check_memory(3.9, meminfo).status == "ok"

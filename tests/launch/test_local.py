@@ -149,6 +149,7 @@ time.sleep(60)
     assert not any(is_alive(int(pid)) for pid in re.findall(r"ready (\d+)", seen))
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_named_and_ended(tmp_path):
     script = """
 import os, signal, sys, time

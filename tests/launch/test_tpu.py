@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.command import repository
 from launch.tpu import main
 
 FAKE = """#!/bin/bash
@@ -27,7 +28,7 @@ esac
 """
 WHERE = ["--zone", "us-east5-b", "--project", "lab"]
 SLICE = ["--name", "r1", *WHERE, "--accelerator-type", "v6e-16", "--poll-seconds", "0.01"]
-COMMAND = ["--", "-m", "experiments.pretrain", "--run_dir", "gs://my bucket/r1"]
+COMMAND = ["--", "-m", "experiments.pretrain", "--run_dir", "/mnt/my runs/r1"]
 
 
 class Play:
@@ -105,6 +106,22 @@ def test_retries_are_bounded(play, capsys):
     assert "SUSPENDED again, after --retries 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("state", ["NONE", "DELETING"])
+def test_a_slice_that_someone_deleted_is_not_created_anew(play, capsys, state):
+    play(f"ACTIVE ACTIVE {state}", codes="255")
+    assert main(["run", *SLICE, *COMMAND]) == 2
+    assert play.calls[-2:] == ["ssh follow", "describe"]
+    assert "r1 was deleted while the command ran" in capsys.readouterr().err
+
+
+def test_only_the_packages_travel(play, capsys):
+    assert main(["setup", *SLICE, "--dry-run"]) == 0
+    tar = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tar "))
+    assert tar.split()[-5:] == ["pyproject.toml", "README.md", "moe_jax", "experiments", "launch"]
+    for name in tar.split()[-5:]:
+        assert (repository() / name).exists()
+
+
 def test_a_request_that_cannot_be_fulfilled_ends_the_wait(play, capsys):
     play("NONE ACCEPTED FAILED")
     assert main(["create", *SLICE]) == 2
@@ -169,6 +186,10 @@ def test_start_follow_and_stop_work_on_a_real_shell(play, capsys, tmp_path, monk
     subprocess.run(["bash", "-c", stop], check=True, timeout=10)
     text, _ = follower.communicate(timeout=10)
     assert follower.returncode == 143 and text.endswith("saved\n")
+
+    _, start, _ = remotes("run", "--prepare", "false || touch prepared; false", "--", "true")
+    assert subprocess.run(["bash", "-c", start], timeout=10).returncode == 1
+    assert (home / "moe_jax" / "prepared").exists()
 
 
 def test_refuses_what_is_missing_or_wrong(play, capsys, monkeypatch):

@@ -68,6 +68,14 @@ def test_another_experiment_is_refused(tmp_path):
         _open(tmp_path, experiment="grpo")
 
 
+@pytest.mark.parametrize("bucket", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch, bucket):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="mount the bucket"):
+        Run.open(bucket, "pretrain", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_config_is_refused_with_both_values(tmp_path):
     _open(tmp_path).close()
     other = {"model": {"layers": 3, "dims": [4, 8]}, "seed": 0, "new": {"x": None}}

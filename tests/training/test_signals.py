@@ -62,6 +62,29 @@ def test_signal_after_the_last_safe_point_is_not_forgotten():
         time.sleep(0.1)
 
 
+def test_processes_on_their_way_to_the_point_they_agreed_on_are_given_the_time():
+    process = _start("""
+points = 0
+def agree(signum):
+    global points
+    points += signum is not None
+    return signum if points > 8 else None
+
+try:
+    with StopGuard(grace_seconds=0.5, agree=agree) as guard:
+        ready()
+        for _ in range(100):
+            time.sleep(0.2)  # eight of them take longer than the grace
+            guard.check()
+except Stopped as stop:
+    print("agreed", points)
+    sys.exit(stop.exit_code)
+""")
+    process.send_signal(signal.SIGTERM)
+    out, err = _finish(process)
+    assert (process.returncode, out) == (143, "agreed 9\n"), err
+
+
 def test_an_error_in_the_body_comes_first():
     with pytest.raises(ValueError, match="mine"), StopGuard(grace_seconds=30):
         os.kill(os.getpid(), signal.SIGTERM)
