@@ -300,8 +300,8 @@ class Laboratory:
         from moe_jax.training.run import Progress
 
         file = f"evaluations/{name}.json"
-        if self.run.path(file).exists():
-            return self.run.read_json(file)
+        if (known := self.run.result(file)) is not None:
+            return known
         with Progress(f"evaluate {name}", len(self.problems)) as progress:
 
             def between(done: int, total: int) -> None:

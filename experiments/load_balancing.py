@@ -228,8 +228,8 @@ class Laboratory:
         """Trains and validates a variant, once: a resumed run reads the result."""
         phase = f"{variant.name}-seed{seed}"
         file = f"evaluations/{phase}.json"
-        if self.run.path(file).exists():
-            return self.run.read_json(file)
+        if (known := self.run.result(file)) is not None:
+            return known
         params, rest = self.train(variant, seed, phase)
         rows = self.run.metrics(phase)
         last_quarter = rows[-max(len(rows) // 4, 1) :]

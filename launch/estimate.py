@@ -136,9 +136,7 @@ def workload_of(config: Config, sizes: dict[str, int], batch: int) -> Any:
         return decoding_workload(config.model, sizes, batch, config.context)
     moments = moment_bytes(config.optimizer)
     steps = config.accumulation_steps
-    return training_workload(
-        config.model, sizes, batch, config.seq, accumulation_steps=steps, moment_bytes=moments
-    )
+    return training_workload(config.model, sizes, batch, config.seq, accumulation_steps=steps, moment_bytes=moments)
 
 
 def time_and_money(config: Config, hardware: cost.Hardware, work: Any, sizes: dict[str, int]) -> dict[str, Any]:

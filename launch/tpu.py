@@ -1,7 +1,7 @@
 """A run on Cloud TPU slices, by queued resources.
 
     python -m launch.tpu run --name my-run --accelerator-type v6e-16 --zone us-east5-b --spot \\
-        --prepare 'mountpoint -q /mnt/runs || sudo mount --mkdir SERVER:/share /mnt/runs' \\
+        --prepare 'mountpoint -q /mnt/runs || sudo mount -o X-mount.mkdir SERVER:/share /mnt/runs' \\
         -- -m experiments.pretrain --run_dir /mnt/runs/my-run
 
 `run` creates the slice if there is none, waits for it, copies this code, installs it, starts the command on every host
@@ -159,10 +159,11 @@ class QueuedResource:
         """Starts the command on every host, detached from the connection, unless one runs there already."""
         # On SIGTERM to the group the shell waits for the command, which saves, and notes its exit code.
         body = f"trap : TERM; {shlex.join(command)}; echo $? >{_FOLDER}/exit"
+        prepare = f"{{ {self.cfg.prepare}; }} || exit 1; " if self.cfg.prepare else ""
         script = (
             f"mkdir -p {_FOLDER} && cd moe_jax || exit 1;"
             f" if kill -0 $(cat {_FOLDER}/pid 2>/dev/null) 2>/dev/null; then echo 'a command still runs'; exit 0; fi;"
-            f" {f'{{ {self.cfg.prepare}; }} || exit 1; ' * bool(self.cfg.prepare)}rm -f {_FOLDER}/exit; PYTHONUNBUFFERED=1 JAX_PLATFORMS=tpu,cpu"
+            f" {prepare}rm -f {_FOLDER}/exit; PYTHONUNBUFFERED=1 JAX_PLATFORMS=tpu,cpu"
             f" setsid nohup bash -c {shlex.quote(body)} >{_FOLDER}/log 2>&1 </dev/null & echo $! >{_FOLDER}/pid"
         )
         for node in self.nodes:

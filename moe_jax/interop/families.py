@@ -123,8 +123,8 @@ _MLA_ONLY = {
     "moe_layer_freq": 1,
 }
 _HEAD_DIM = {"head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"]}
-_GQA_ABSENT = {**_HEAD_DIM, "num_key_value_heads": lambda config: config["num_attention_heads"]}
-_ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02}
+_KV_HEADS = {"num_key_value_heads": lambda config: config["num_attention_heads"]}
+_ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10_000.0}
 
 FAMILIES = (
     Family(  # DeepSeek-V3, R1, Moonlight
@@ -181,8 +181,8 @@ FAMILIES = (
         },
         implies={**_ALL_SPARSE, "intermediate_size": 0, "moe.normalize_weights": True},
         only={"hidden_act": "silu", "sliding_window": None},
-        null=_HEAD_DIM,
-        absent={**_ABSENT, **_GQA_ABSENT},
+        null={**_HEAD_DIM, **_KV_HEADS},
+        absent={**_ABSENT, **_HEAD_DIM, "rope_theta": 1_000_000.0},
         layouts=(MIXTRAL_EXPERTS, FUSED_EXPERTS),
     ),
     Family(  # Qwen2.5, R1-Distill-Qwen
@@ -191,8 +191,8 @@ FAMILIES = (
         fields=_GQA,
         implies={**_IS_DENSE, "attention.qkv_bias": True},
         only={"hidden_act": "silu", **_FULL_ATTENTION},
-        null=_HEAD_DIM,
-        absent={**_ABSENT, **_GQA_ABSENT},
+        null={**_HEAD_DIM, **_KV_HEADS},
+        absent={**_ABSENT, **_HEAD_DIM},
         harmless=("sliding_window", "max_window_layers", "use_mrope"),
     ),
     Family(
@@ -201,6 +201,7 @@ FAMILIES = (
         fields=_GQA,
         implies={**_IS_DENSE, "attention.qk_norm": "head"},
         only={**_NO_BIAS, **_FULL_ATTENTION},
+        null=_KV_HEADS,
         absent=_ABSENT,
         harmless=("sliding_window", "max_window_layers"),
     ),
@@ -217,7 +218,7 @@ FAMILIES = (
         implies={**_ALL_SPARSE, "attention.qk_norm": "head"},
         only={**_NO_BIAS, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
         null=_HEAD_DIM,
-        absent={**_ABSENT, **_GQA_ABSENT},
+        absent={**_ABSENT, **_HEAD_DIM},
         harmless=("sliding_window", "max_window_layers"),
     ),
     Family(
@@ -232,8 +233,8 @@ FAMILIES = (
         },
         implies={**_ALL_SPARSE, "intermediate_size": 0, "attention.qk_norm": "full"},
         only={**_NO_BIAS, "clip_qkv": None},
-        null=_HEAD_DIM,
-        absent={**_ABSENT, **_GQA_ABSENT},
+        null={**_HEAD_DIM, **_KV_HEADS},
+        absent={**_ABSENT, **_HEAD_DIM, **_KV_HEADS},
     ),
     Family(  # Llama 3.x, DeepSeek LLM, R1-Distill-Llama
         "llama",
@@ -241,8 +242,8 @@ FAMILIES = (
         fields=_GQA,
         implies=_IS_DENSE,
         only={**_NO_BIAS, "mlp_bias": False},
-        null=_HEAD_DIM,
-        absent={**_ABSENT, **_GQA_ABSENT},
+        null={**_HEAD_DIM, **_KV_HEADS},
+        absent={**_ABSENT, **_HEAD_DIM, **_KV_HEADS},
     ),
     Family(  # DeepSeekMoE-16B; transformers has no class for it, its repository has one
         "deepseek",
@@ -250,8 +251,8 @@ FAMILIES = (
         fields={**_GQA, **_DEEPSEEK_EXPERTS, "moe.normalize_weights": "norm_topk_prob"},
         implies={**_IS_GQA, **_IS_SOFTMAX},
         only={**_NO_BIAS, "moe_layer_freq": 1, "scoring_func": "softmax"},
-        null={**_HEAD_DIM, "n_shared_experts": 0},
-        absent={**_ABSENT, **_GQA_ABSENT},
+        null={**_HEAD_DIM, **_KV_HEADS, "n_shared_experts": 0},
+        absent={**_ABSENT, **_HEAD_DIM, **_KV_HEADS},
         layouts=(EXPERTS,),
     ),
 )
@@ -307,7 +308,7 @@ def _model_config(config: Json, family: Family) -> ModelConfig:
     _check_quantization(config.get("quantization_config"))
     flat["dtype"] = _chosen("torch_dtype", config.get("dtype") or config.get("torch_dtype"), _DTYPES)
     is_mla = flat["attention.kind"] == "mla"
-    flat |= {f"attention.rope.{name}": value for name, value in _rope(config, is_mla).items()}
+    flat |= {f"attention.rope.{name}": value for name, value in _rope(config, is_mla, family).items()}
     return _built(flat)
 
 
@@ -344,10 +345,10 @@ def _check_quantization(quantization: Json | None) -> None:
             )
 
 
-def _rope(config: Json, is_mla: bool) -> dict[str, Any]:
+def _rope(config: Json, is_mla: bool, family: Family) -> dict[str, Any]:
     """Fields of `RoPEConfig`, from transformers 4's rope_theta and rope_scaling or 5's rope_parameters."""
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    theta = parameters.pop("rope_theta", config.get("rope_theta", family.absent["rope_theta"]))
     old_type = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", old_type)
 

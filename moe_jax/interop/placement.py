@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +97,12 @@ def _reader(theirs: str, ours: str, dtype: str, sharding: Sharding):
 
     def read(array: Array, numbers: list[Array]) -> Array:
         shape = entry.tensor_shape(array.shape)
-        for axis, number in reversed(list(zip(_numbered(ours), numbers, strict=True))):
-            array = jax.lax.dynamic_index_in_dim(array, number, axis, keepdims=False)
+        # One slice: axis by axis, the first would copy a share of the whole stack for each tensor.
+        starts: list[Any] = [0] * array.ndim
+        sizes = list(array.shape)
+        for axis, number in zip(_numbered(ours), numbers, strict=True):
+            starts[axis], sizes[axis] = number, 1
+        array = jax.lax.dynamic_slice(array, starts, sizes).squeeze(tuple(_numbered(ours)))
         return array.astype(dtype).transpose(order).reshape(shape)
 
     return jax.jit(read, out_shardings=sharding)

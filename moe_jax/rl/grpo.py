@@ -27,6 +27,7 @@ from moe_jax.rl.environments import Environment
 from moe_jax.rng import random_generator
 from moe_jax.sampling.sampler import Samples, generate, pad_prompts
 from moe_jax.sharding import batch_shards, replicate
+from moe_jax.training.distributed import gather
 from moe_jax.training.state import Batch, Loss, LossOutput
 
 
@@ -212,6 +213,7 @@ def rollout(
         )
         for i, completion in enumerate(completions)
     ]
+    parts = gather(parts)[0]  # a judge that limits its time may say another thing in another process
     rewards_PG = np.array([part["reward"] for part in parts], np.float32).reshape(-1, group)
     advantages = jax.device_get(group_advantages(jnp.asarray(rewards_PG), cfg.loss.scale_rewards))
 

@@ -180,7 +180,8 @@ class Checkpointer:
         with self._lock:
             self.wait()
             reasons = []
-            steps = self.steps()[::-1] if step is None else [step]
+            # What one process sees decides: file systems over the network show news at different times.
+            steps: list[int] = gather(self.steps())[0][::-1] if step is None else [step]
             for step in steps:
                 path = self._path(step)
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -145,7 +146,7 @@ def _refuse_conflicts(config: Any, default: Any, init: str) -> None:
 
 def _value_of(flag: str, arguments: list[str]) -> str:
     """The value that follows a flag on the command line, empty if it is not there."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument == flag:
             return following
         if argument.startswith(f"{flag}="):

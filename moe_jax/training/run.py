@@ -38,10 +38,12 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tqdm import tqdm
 
 from moe_jax.training.checkpoint import Checkpointer
-from moe_jax.training.distributed import barrier
+from moe_jax.training.distributed import barrier, gather
 
 logger = logging.getLogger(__name__)
 
+_SHARED_SECONDS = 60.0
+"""How long a folder on a network may take to show one host what another one wrote."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -74,8 +76,8 @@ class Run:
           config: nested dict of JSON values; all that decides the results, and nothing else.
 
         Raises:
-          RunError: it is no folder but a bucket, belongs to another experiment or config, a live process holds it, or
-            it cannot be written.
+          RunError: it is no folder but a bucket, belongs to another experiment or config, a live process holds it, not
+            all processes share it, or it cannot be written.
         """
         if re.match(r"\w+:/", str(run_dir)):
             raise RunError(
@@ -84,6 +86,7 @@ class Run:
         run_dir = Path(run_dir).absolute()
         if jax.process_index() > 0:
             barrier("run folder")
+            _require_shared(run_dir)
             return cls(run_dir, None, resumed=True)
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -198,6 +201,15 @@ class Run:
         """
         return _read_json(self.dir / name)
 
+    def result(self, name: str) -> Any:
+        """What `write_json` wrote, by this session or an earlier one, or None; the same for all processes, which have
+        to call it alike.
+
+        Raises:
+          RunError: the file is not JSON.
+        """
+        return gather(self.read_json(name) if self.writes and (self.dir / name).exists() else None)[0]
+
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes a JSONL file of the folder, e.g. "rollouts/grpo/000010.jsonl", whole or not at all."""
         if not self.writes:
@@ -250,6 +262,18 @@ def _lock(run_dir: Path) -> TextIO:
     lock.write(f"pid {os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def _require_shared(run_dir: Path) -> None:
+    """That this process, which is not the first, sees what the first one wrote."""
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (run_dir / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"process {jax.process_index()} on {platform.node()} does not see {run_dir / 'config.json'}, which"
+                " process 0 wrote: --run-dir must lie on a disk that all processes share"
+            )
+        time.sleep(0.5)
 
 
 def _compare(run_dir: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ConfigError, ModelConfig, from_dict
 from moe_jax.data import DataError
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
-from moe_jax.interop.pretrained import load_pretrained, read_config
+from moe_jax.interop.pretrained import TOKENIZER_FILES, load_pretrained, read_config
 from moe_jax.model.definition import Arrays, Definition
 from moe_jax.training.run import Run, RunError, load_config
 from moe_jax.training.weights import (
@@ -29,14 +29,6 @@ from moe_jax.training.weights import (
 )
 
 INIT_PHASE = "init"
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 _TRAINING_FIELDS = {
     "max_position",
@@ -145,7 +137,7 @@ def keep_tokenizer(run_dir: Path, name: str) -> Tokenizer:
     if name == "byte" or jax.process_index() != 0:
         return tokenizer
     source = Path(name) if Path(name).is_dir() else Path(name).parent
-    files = {file: source / file for file in _TOKENIZER_FILES} | {
+    files = {file: source / file for file in (*TOKENIZER_FILES, "generation_config.json")} | {
         "tokenizer.json": source / "tokenizer.json" if Path(name).is_dir() else Path(name)
     }
     partial = copy.with_name(f".{TOKENIZER_FOLDER}.tmp")

@@ -228,9 +228,7 @@ def test_every_validation_token_once(corpus):
 
 def test_validation_rows_do_not_depend_on_who_makes_them(corpus):
     alone = list(validation_batches(corpus, TOKENIZER, 4, 16))
-    shares = [
-        list(validation_batches(corpus, TOKENIZER, 4, 16, rows=rows)) for rows in ([0, 1], [2, 3])
-    ]
+    shares = [list(validation_batches(corpus, TOKENIZER, 4, 16, rows=rows)) for rows in ([0, 1], [2, 3])]
     assert len(alone) == len(shares[0]) == len(shares[1])
     for whole, *parts in zip(alone, *shares, strict=True):
         for key, array in whole.items():

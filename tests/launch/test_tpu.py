@@ -180,7 +180,7 @@ def test_start_follow_and_stop_work_on_a_real_shell(play, capsys, tmp_path, monk
     program = "trap 'echo saved; exit 143' TERM; echo begun; while :; do sleep 0.05; done"
     _, start, follow = remotes("run", "--", "bash", "-c", program)
     (stop,) = remotes("stop")
-    subprocess.run(["bash", "-c", start], check=True, timeout=10)
+    subprocess.run(["bash", "-c", start], cwd=home, check=True, timeout=10)
     follower = subprocess.Popen(["bash", "-c", follow], stdout=subprocess.PIPE, text=True)
     assert follower.stdout is not None and follower.stdout.readline() == "begun\n"
     subprocess.run(["bash", "-c", stop], check=True, timeout=10)
@@ -188,7 +188,7 @@ def test_start_follow_and_stop_work_on_a_real_shell(play, capsys, tmp_path, monk
     assert follower.returncode == 143 and text.endswith("saved\n")
 
     _, start, _ = remotes("run", "--prepare", "false || touch prepared; false", "--", "true")
-    assert subprocess.run(["bash", "-c", start], timeout=10).returncode == 1
+    assert subprocess.run(["bash", "-c", start], cwd=home, timeout=10).returncode == 1
     assert (home / "moe_jax" / "prepared").exists()
 
 

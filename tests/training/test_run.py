@@ -76,6 +76,23 @@ def test_a_bucket_is_no_folder(tmp_path, monkeypatch, bucket):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_jax.training.run._SHARED_SECONDS", 0.0)
+    _open(tmp_path).close()
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with _open(tmp_path) as run:
+        assert not run.writes
+    with pytest.raises(RunError, match=r"process 1 on .* does not see .*disk that all processes share"):
+        _open(tmp_path / "elsewhere")
+
+
+def test_a_result_is_read_or_absent(tmp_path):
+    with _open(tmp_path) as run:
+        assert run.result("evaluations/a.json") is None
+        run.write_json("evaluations/a.json", {"x": 1.5})
+        assert run.result("evaluations/a.json") == {"x": 1.5}
+
+
 def test_another_config_is_refused_with_both_values(tmp_path):
     _open(tmp_path).close()
     other = {"model": {"layers": 3, "dims": [4, 8]}, "seed": 0, "new": {"x": None}}
