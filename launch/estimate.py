@@ -32,7 +32,7 @@ class Config:
     chip: str = ""
     """Instead of a topology: a kind of chip (`moe_jax/analysis/cost.py` has them) ..."""
     chips: int = 0
-    """... and how many."""
+    """... and how many. With neither a topology nor a chip: eight H100."""
     batch: int = 0
     """Rows of a step; 0: one row a device, of a micro-batch."""
     seq: int = 4096
@@ -80,7 +80,8 @@ def parse(config: type, arguments: list[str], description: str | None) -> Any:
 
 
 def hardware_of(config: Config) -> cost.Hardware:
-    hardware = cost.parse_hardware(config.topology, config.chip, config.chips)
+    chip, chips = (config.chip, config.chips) if config.topology or config.chip else ("h100", config.chips or 8)
+    hardware = cost.parse_hardware(config.topology, chip, chips)
     if config.price < 0:
         return hardware
     return dataclasses.replace(hardware, chip=dataclasses.replace(hardware.chip, dollars_per_hour=config.price))

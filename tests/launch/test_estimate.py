@@ -69,6 +69,11 @@ def test_decoding_reads_the_cache(capsys):
     assert grown == pytest.approx(16 * 7168 * 31_104 / 1638e9)
 
 
+def test_a_preset_is_enough(capsys):
+    found = figures(capsys, "--preset", "deepseek_v2_lite")
+    assert found["chips"] == 8 and found["parameters_total"] == 15_706_484_224
+
+
 def test_a_table_for_people(capsys):
     assert main(["--preset", "deepseek_v3", "--topology", "tpu7x:4x4x4", "--mesh.fsdp", "128"]) == 0
     text = capsys.readouterr().out
