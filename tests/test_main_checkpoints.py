@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -220,6 +221,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(plain, problems, tmp
     capsys.readouterr()
     assert evaluate(plain, problems, tmp_path, "--seed", "1") == 2
     assert "has an evaluation with another" in refused(capsys)
+
+
+def test_samples_of_other_weights_are_not_taken_up(problems, tmp_path, capsys):
+    folder = save_speaker(tmp_path / "model", "\\boxed{7}", ":", template=None)
+    assert evaluate(folder, problems, tmp_path / "out", "--limit", "1") == 0
+    shutil.rmtree(folder)
+    save_speaker(folder, "\\boxed{8}", ":", template=None)
+    capsys.readouterr()
+    assert evaluate(folder, problems, tmp_path / "out", "--limit", "1") == 2
+    assert "has an evaluation with another weights" in refused(capsys)
 
 
 def test_batches_are_bounded_and_hold_every_sample_once():

@@ -186,7 +186,8 @@ class ByteTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, with what stands beside it in its folder.
 
-    - `tokenizer_config.json`: bos_token, eos_token, pad_token, chat_template;
+    - `tokenizer_config.json`: bos_token (none begins a document if add_bos_token is false), eos_token, pad_token,
+      chat_template;
     - `chat_template.jinja`: goes before the template in the configuration;
     - `generation_config.json`: eos_token_id, further tokens at which generation stops.
 
@@ -230,7 +231,8 @@ class HFTokenizer(Tokenizer):
                     f"{config_file}: {name} = {self._named[name]!r} is not in the vocabulary of {self.file}: "
                     "take both files from the same model, or correct the name"
                 )
-        self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
+        begins = config.get("add_bos_token", True)
+        self.bos_id, self.eos_id = ids.get("bos_token") if begins else None, ids.get("eos_token")
         generation_eos = _read_json(self.file.parent / "generation_config.json").get("eos_token_id")
         stops = [self.eos_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])]
         self.stop_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
@@ -239,14 +241,15 @@ class HFTokenizer(Tokenizer):
         self.pad_id = self._choose_pad_id(ids)
 
     def _choose_pad_id(self, ids: Mapping[str, int | None]) -> int:
+        bos = ids.get("bos_token")
         special = [index for index, token in sorted(self._added.items()) if token.special]
         templates = "".join(self._templates.values())
         candidates = [
             ids.get("pad_token"),
             *(index for index in special if "pad" in self._added[index].content.lower()),
             ids.get("unk_token"),
-            *(i for i in reversed(special) if i != self.bos_id and self._added[i].content not in templates),
-            self.bos_id,
+            *(i for i in reversed(special) if i != bos and self._added[i].content not in templates),
+            bos,
         ]
         for index in candidates:
             if index is not None and index not in self.stop_ids:

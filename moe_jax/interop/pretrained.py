@@ -74,7 +74,9 @@ class Pretrained:
         return jax.jit(logits)
 
 
-def load_pretrained(path_or_repo: str | Path, mesh: Mesh | None = None, dtype: str | None = None) -> Pretrained:
+def load_pretrained(
+    path_or_repo: str | Path, mesh: Mesh | None = None, dtype: str | None = None, *, verify: bool = True
+) -> Pretrained:
     """Loads a Hugging Face folder, or the repository `org/name` from the hub (extra `hub`).
 
     Tensors are read from the memory-mapped files one by one and written into the arrays on their devices, each device's
@@ -87,6 +89,8 @@ def load_pretrained(path_or_repo: str | Path, mesh: Mesh | None = None, dtype: s
         dtype: None: arrays float32, which training needs, and arithmetic (`config.dtype`) as the checkpoint's
             `torch_dtype` says, float16 becoming float32. "bfloat16" or "float32": both arrays and arithmetic, e.g.
             "bfloat16" for inference with DeepSeek-V3 in 1.3 TB. Router biases are float32 in any case.
+        verify: compare the weights' files with the folder's `SHA256SUMS` first, if it has them, as exports of
+            `save_pretrained` do. Without, a changed byte in a tensor cannot be noticed.
 
     Raises:
         ConfigError: config.json is not understood (`families.read_model_config`), or there is no such folder and the
@@ -94,6 +98,8 @@ def load_pretrained(path_or_repo: str | Path, mesh: Mesh | None = None, dtype: s
         CheckpointFilesError: files or tensors are missing, of another shape, corrupt or not known.
     """
     folder, files, cfg, family = _opened(path_or_repo)
+    if verify:
+        files.verify(".safetensors")
     names = set(files.names)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     definition = Definition.of(cfg)

@@ -112,8 +112,9 @@ class WeightFiles:
             return dequantize_blocks(tensor, self._scales[name], index)
         return tensor[index]
 
-    def verify(self) -> tuple[str, ...]:
-        """Compares every file with `SHA256SUMS` and returns the names compared: none when the folder has no such file.
+    def verify(self, suffix: str = "") -> tuple[str, ...]:
+        """Compares files with `SHA256SUMS`, all or those whose names end so, and returns the names compared: none when
+        the folder has no such file.
 
         Reads all bytes. Raises CheckpointFilesError with the first file that is missing or has changed.
         """
@@ -121,15 +122,16 @@ class WeightFiles:
         if not manifest.exists():
             return ()
         expected = dict(line.split("  ", 1)[::-1] for line in manifest.read_text(encoding="utf-8").splitlines())
-        for name, digest in expected.items():
-            path = self.folder / name
+        compared = tuple(name for name in expected if name.endswith(suffix))
+        for name in compared:
+            path, digest = self.folder / name, expected[name]
             if not path.exists():
                 raise CheckpointFilesError(f"{path}: listed in {CHECKSUMS} but missing; {_AGAIN}")
             with path.open("rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != digest:
                 raise CheckpointFilesError(f"{path}: SHA-256 is {actual}, {CHECKSUMS} says {digest}; {_AGAIN}")
-        return tuple(expected)
+        return compared
 
     def _tensor(self, name: str) -> np.ndarray:
         if name not in self._tensors:

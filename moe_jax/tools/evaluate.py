@@ -113,6 +113,8 @@ def evaluate(
     asking = _asking(model, prompt, raw, stop)
     settings = {
         "model": model.title,
+        "weights": model.version,
+        "tokenizer": str(tokenizer or ""),
         "data": [str(path) for path in data],
         "problems": len(chosen),
         "data_sha256": hashlib.sha256(json.dumps([[p.prompt, p.answer] for _, p in chosen]).encode()).hexdigest(),

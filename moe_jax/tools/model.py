@@ -5,6 +5,7 @@ Heavy imports stand inside the functions, so that `--help` and mistakes are answ
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ class Model:
 
     title: str
     """Where it comes from."""
+    version: str
+    """Of a checkpoint, which may be exported anew under its title: when its files were written. Empty for a run."""
     definition: Any
     params: dict[str, Any]
     rest: dict[str, Any]
@@ -105,7 +108,7 @@ def _of_run(run: Path, phase: str | None, tokenizer: Path | None, dtype: str | N
         reader = _named_tokenizer(tokenizer, definition.cfg.vocab_size)
     weights = restore_weights(run, definition, phase, mesh)
     title = f"{run}: {phase}, step {weights.step}"
-    return Model(title, definition, weights.params, weights.rest, reader, {}, bool(config.get("init")))
+    return Model(title, "", definition, weights.params, weights.rest, reader, {}, bool(config.get("init")))
 
 
 def _of_checkpoint(checkpoint: str, tokenizer: Path | None, dtype: str | None, mesh: Any) -> Model:
@@ -118,7 +121,13 @@ def _of_checkpoint(checkpoint: str, tokenizer: Path | None, dtype: str | None, m
         reader.stop_ids = tuple(dict.fromkeys([*reader.stop_ids, *_stop_ids(loaded.generation)]))
     if reader is None:
         raise ToolError(f"{checkpoint} has no tokenizer.json: name one, or its folder, with --tokenizer")
-    return Model(checkpoint, loaded.definition, loaded.params, loaded.rest, reader, loaded.generation, True)
+    version = _version(loaded.folder) if loaded.folder else ""
+    return Model(checkpoint, version, loaded.definition, loaded.params, loaded.rest, reader, loaded.generation, True)
+
+
+def _version(folder: Path) -> str:
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def _named_tokenizer(path: Path, vocab_size: int) -> Any:

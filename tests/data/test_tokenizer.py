@@ -294,3 +294,13 @@ def test_bad_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [1]}')
     with pytest.raises(DataError, match="chat_template must be a string or a list"):
         load_tokenizer(tmp_path)
+
+
+def test_no_beginning_where_the_model_was_trained_without_one(tmp_path):
+    names = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+    train_byte_level(tmp_path, **names, add_bos_token=True)
+    with_one = HFTokenizer(tmp_path)
+    train_byte_level(tmp_path, **names, add_bos_token=False)
+    without = HFTokenizer(tmp_path)
+    assert with_one.bos_id is not None and without.bos_id is None
+    assert with_one.pad_id == without.pad_id

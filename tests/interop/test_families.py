@@ -92,6 +92,220 @@ QWEN = dict(
     use_sliding_window=False,
     vocab_size=151936,
 )
+V2 = {
+    name: value for name, value in V3.items() if name not in ("num_nextn_predict_layers", "quantization_config")
+} | dict(
+    aux_loss_alpha=0.001,
+    first_k_dense_replace=1,
+    hidden_size=5120,
+    intermediate_size=12288,
+    model_type="deepseek_v2",
+    moe_intermediate_size=1536,
+    n_routed_experts=160,
+    n_shared_experts=2,
+    norm_topk_prob=False,
+    num_experts_per_tok=6,
+    num_hidden_layers=60,
+    pretraining_tp=1,
+    rope_scaling=V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    routed_scaling_factor=16.0,
+    scoring_func="softmax",
+    seq_aux=True,
+    topk_group=3,
+    topk_method="group_limited_greedy",
+    vocab_size=102400,
+)
+LITE_SIZES = dict(
+    hidden_size=2048,
+    moe_intermediate_size=1408,
+    n_group=1,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_attention_heads=16,
+    num_experts_per_tok=6,
+    num_hidden_layers=27,
+    num_key_value_heads=16,
+    q_lora_rank=None,
+    topk_group=1,
+)
+V2_LITE = V2 | LITE_SIZES | dict(intermediate_size=10944, routed_scaling_factor=1.0, topk_method="greedy")
+MOONLIGHT = (
+    V3
+    | LITE_SIZES
+    | dict(
+        first_k_dense_replace=1,
+        intermediate_size=11264,
+        max_position_embeddings=8192,
+        num_nextn_predict_layers=0,
+        quantization_config=None,
+        rms_norm_eps=1e-5,
+        rope_scaling=None,
+        rope_theta=50000.0,
+        routed_scaling_factor=2.446,
+        vocab_size=163840,
+    )
+)
+MOE_16B = dict(
+    architectures=["DeepseekForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    auto_map={"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+    bos_token_id=100000,
+    eos_token_id=100001,
+    first_k_dense_replace=1,
+    hidden_act="silu",
+    hidden_size=2048,
+    initializer_range=0.02,
+    intermediate_size=10944,
+    max_position_embeddings=4096,
+    model_type="deepseek",
+    moe_intermediate_size=1408,
+    moe_layer_freq=1,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    norm_topk_prob=False,
+    num_attention_heads=16,
+    num_experts_per_tok=6,
+    num_hidden_layers=28,
+    num_key_value_heads=16,
+    pretraining_tp=1,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=10000,
+    scoring_func="softmax",
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.36.0",
+    use_cache=True,
+    vocab_size=102400,
+)
+R1_DISTILL = QWEN | dict(
+    bos_token_id=151643,
+    eos_token_id=151643,
+    hidden_size=1536,
+    intermediate_size=8960,
+    max_position_embeddings=131072,
+    max_window_layers=21,
+    num_attention_heads=12,
+    num_hidden_layers=28,
+    rope_theta=10000,
+    sliding_window=4096,
+    tie_word_embeddings=False,
+    use_mrope=False,
+)
+QWEN3_MOE = QWEN | dict(
+    attention_bias=False,
+    decoder_sparse_step=1,
+    head_dim=128,
+    hidden_size=2048,
+    intermediate_size=6144,
+    max_position_embeddings=40960,
+    max_window_layers=48,
+    mlp_only_layers=[],
+    model_type="qwen3_moe",
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_experts=128,
+    num_experts_per_tok=8,
+    num_hidden_layers=48,
+    num_key_value_heads=4,
+    output_router_logits=False,
+    rope_scaling=None,
+    router_aux_loss_coef=0.001,
+    sliding_window=None,
+    tie_word_embeddings=False,
+)
+DENSE = dict(
+    attention_dropout=0.0,
+    hidden_act="silu",
+    hidden_size=4096,
+    initializer_range=0.02,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    use_cache=True,
+)
+MIXTRAL = DENSE | dict(
+    intermediate_size=14336,
+    max_position_embeddings=32768,
+    model_type="mixtral",
+    num_experts_per_tok=2,
+    num_local_experts=8,
+    output_router_logits=False,
+    rope_theta=1000000.0,
+    router_aux_loss_coef=0.02,
+    sliding_window=None,
+    vocab_size=32000,
+)
+OLMOE = DENSE | dict(
+    attention_bias=False,
+    clip_qkv=None,
+    eos_token_id=50279,
+    hidden_size=2048,
+    intermediate_size=1024,
+    max_position_embeddings=4096,
+    model_type="olmoe",
+    norm_topk_prob=False,
+    num_attention_heads=16,
+    num_experts=64,
+    num_experts_per_tok=8,
+    num_hidden_layers=16,
+    num_key_value_heads=16,
+    output_router_logits=False,
+    pad_token_id=1,
+    rope_scaling=None,
+    rope_theta=10000.0,
+    router_aux_loss_coef=0.01,
+    vocab_size=50304,
+)
+LLAMA = DENSE | dict(
+    attention_bias=False,
+    eos_token_id=[128001, 128008, 128009],
+    intermediate_size=14336,
+    max_position_embeddings=131072,
+    mlp_bias=False,
+    model_type="llama",
+    pretraining_tp=1,
+    rope_scaling={
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    rope_theta=500000.0,
+    vocab_size=128256,
+)
+DEEPSEEK_LLM = DENSE | dict(
+    intermediate_size=11008,
+    max_position_embeddings=4096,
+    model_type="llama",
+    num_hidden_layers=30,
+    num_key_value_heads=32,
+    pretraining_tp=1,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=10000.0,
+    vocab_size=102400,
+)
+RELEASED = {
+    "deepseek_v3": V3,
+    "deepseek_v2": V2,
+    "deepseek_v2_lite": V2_LITE,
+    "moonlight_16b_a3b": MOONLIGHT,
+    "deepseek_moe_16b": MOE_16B,
+    "deepseek_llm_7b": DEEPSEEK_LLM,
+    "r1_distill_qwen_1_5b": R1_DISTILL,
+    "r1_distill_llama_8b": LLAMA,
+    "qwen2_5_0_5b": QWEN,
+    "qwen3_30b_a3b": QWEN3_MOE,
+    "mixtral_8x7b": MIXTRAL,
+    "olmoe_1b_7b": OLMOE,
+}
 MODELS = [
     *("tiny_moe", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "moonlight_16b_a3b", "kimi_k2", "deepseek_moe_16b"),
     *("mixtral_8x7b", "qwen3_30b_a3b", "olmoe_1b_7b", "qwen2_5_0_5b", "llama_3_1_8b", "deepseek_llm_7b"),
@@ -103,10 +317,10 @@ def read(folder, config):
     return read_model_config(folder / "config.json")[0]
 
 
-@pytest.mark.parametrize(("config", "preset"), [(V3, presets.deepseek_v3), (QWEN, presets.qwen2_5_0_5b)])
-def test_released_configs_are_the_presets(config, preset, tmp_path):
-    cfg = read(tmp_path, config)
-    assert canonical(cfg) == canonical(preset())
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs_are_the_presets(name, tmp_path):
+    cfg = read(tmp_path, RELEASED[name])
+    assert canonical(cfg) == canonical(presets.get(name))
     assert cfg.dtype == "bfloat16"
     assert cfg.initializer_range == 0.02
 
@@ -127,6 +341,20 @@ def test_both_forms_of_rotary_fields(tmp_path):
     first = read(tmp_path, plain | old).attention.rope
     assert first == read(tmp_path, plain | new).attention.rope
     assert (first.theta, first.factor, first.scaling) == (5e5, 40.0, "yarn")
+
+
+def test_fields_left_out_have_the_defaults_of_transformers(tmp_path):
+    """Which differ by family; where they are not a function of other fields, the field must be there."""
+    without = {name: value for name, value in MIXTRAL.items() if name != "rope_theta"}
+    assert read(tmp_path, without).attention.rope.theta == 1e6
+    without = {name: value for name, value in DEEPSEEK_LLM.items() if name not in ("rope_theta", "num_key_value_heads")}
+    cfg = read(tmp_path, without)
+    assert (cfg.attention.rope.theta, cfg.attention.num_kv_heads) == (1e4, 32)
+    for config in (MIXTRAL, QWEN, QWEN3_MOE):
+        without = {name: value for name, value in config.items() if name != "num_key_value_heads"}
+        with pytest.raises(ConfigError, match="num_key_value_heads is missing"):
+            read(tmp_path, without)
+    assert read(tmp_path, QWEN | {"num_key_value_heads": None}).attention.num_kv_heads == 14
 
 
 def test_greedy_selection_has_no_groups(tmp_path):

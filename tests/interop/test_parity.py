@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MeshConfig
+from moe_jax.interop.fp8 import QUANTIZATION_CONFIG, is_quantized_in_deepseek_v3
 from moe_jax.interop.placement import placed
 from moe_jax.interop.pretrained import load_pretrained, save_pretrained
 from moe_jax.interop.tensor_names import FUSED_EXPERTS, entries
@@ -175,6 +176,24 @@ def test_dtypes(dtype, stored, arithmetic, tmp_path):
         np.testing.assert_array_equal(first[name], second[name])
 
 
+def test_fp8(tmp_path):
+    """Written in FP8 and read again, whole and on a mesh: matrices within half a step of E4M3, the rest unchanged."""
+    save_pretrained(load("deepseek_v3"), tmp_path / "fp8", fp8=True)
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"] == QUANTIZATION_CONFIG
+    model = load_pretrained(tmp_path / "fp8")
+    ours, theirs = tensors(tmp_path / "fp8"), tensors(CHECKPOINTS / "deepseek_v3")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        quantized = is_quantized_in_deepseek_v3(name)
+        assert np.array_equal(ours[name], tensor) != quantized, name
+        np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=np.abs(tensor).max() / 27.9)
+    on_mesh = load_pretrained(tmp_path / "fp8", make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)))
+    for name, array in model.params.items():
+        np.testing.assert_array_equal(on_mesh.params[name], array, err_msg=name)
+    save_pretrained(model, tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -221,3 +240,14 @@ def test_transformers_loads_the_export(name, tmp_path):
         tokens_BS, mask_BS, positions_BS = inputs
         logits_BSV = model(tokens_BS.long(), attention_mask=mask_BS, position_ids=positions_BS).logits.numpy()
     np.testing.assert_allclose(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS], rtol=0, atol=1e-6)
+
+
+def test_a_changed_byte_in_the_weights_is_noticed(tmp_path):
+    save_pretrained(load("qwen2"), tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointFilesError, match=r"model.safetensors: SHA-256"):
+        load_pretrained(tmp_path / "export")
+    load_pretrained(tmp_path / "export", verify=False)
