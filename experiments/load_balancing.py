@@ -26,6 +26,8 @@ Hardware: 2 CPU cores, 27 minutes beside other work (62 to 110 s a run). Result,
 The bias balances ten times better than the baseline's auxiliary loss, at no worse a loss (within a seed -.031 ± .079
 bits per byte), as published; and .55 times the MaxVio of the stronger auxiliary loss (-.027 ± .088). Three seeds show
 no difference in the loss between any two methods. γ = 1e-3 needs all 400 steps to find its bias.
+
+These figures are from before each row of a batch got documents of its own: the order of the text is another one now.
 """
 
 from __future__ import annotations
