@@ -312,6 +312,7 @@ class Model:
     def __init__(self, cfg: ModelConfig, train: TrainConfig, tokenizer: Tokenizer, mesh: Mesh):
         import jax
 
+        from moe_jax import sharding
         from moe_jax.model.definition import Definition
         from moe_jax.training.optimizer import make_optimizer
         from moe_jax.training.state import init_state
@@ -329,7 +330,7 @@ class Model:
             model = definition.merge(params, rest)
             router = model(batch["tokens_BS"], segment_ids_BS=segments_BS, positions_BS=positions_BS).router
             assert router is not None
-            return router.counts_BE.sum(axis=1)
+            return sharding.replicate(router.counts_BE.sum(axis=1))
 
         self.expert_counts = expert_counts
 

@@ -81,23 +81,6 @@ def topology_devices(topology: str) -> list[Any]:
         raise ConfigError(f"--topology {topology!r}: libtpu refuses it: {str(error).splitlines()[0]}") from error
 
 
-def make_mesh(config: Config, devices: list[Any]) -> Any:
-    """The mesh that the run itself would make.
-
-    Raises:
-        ConfigError: an axis is no product of dimensions of the torus.
-    """
-    from moe_jax import sharding
-
-    try:
-        return sharding.make_mesh(config.mesh, devices)
-    except NotImplementedError as error:
-        raise ConfigError(
-            f"{config.mesh} on {config.topology}: the size of each axis must be the product of some dimensions of the"
-            " torus, each used once; --search lists meshes that fit"
-        ) from error
-
-
 def compile_step(config: Config, mesh: Any, batch: int) -> Compiled:
     """Compiles one training step, or one step of decoding, from abstract arrays with the shardings of the real ones."""
     import jax
@@ -225,12 +208,13 @@ def plan(config: Config) -> dict[str, Any]:
     was estimated.
 
     Raises:
-        ConfigError: see `topology_devices`, `make_mesh` and `estimate.estimate`.
+        ConfigError: see `topology_devices`, `sharding.make_mesh` and `estimate.estimate`.
     """
     from moe_jax.analysis import hlo
+    from moe_jax.sharding import make_mesh
 
     figures = estimate.estimate(config)
-    mesh = make_mesh(config, topology_devices(config.topology))
+    mesh = make_mesh(config.mesh, topology_devices(config.topology))
     compiled = compile_step(config, mesh, figures["batch"])
     hardware = estimate.hardware_of(config)
     devices, sizes = hardware.chip.devices, figures["mesh"]

@@ -39,7 +39,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes of `MeshConfig`; its first devices are taken if it needs fewer than there are.
 
     Raises:
-        ConfigError: the axes' product does not fit the number of devices, or leaves a process without one.
+        ConfigError: the axes' product does not fit the number of devices, or leaves a process without one; an axis is
+            no product of dimensions of a TPU's torus.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(cfg)
@@ -64,7 +65,13 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             " processes without one; raise an axis, set one to -1, or start fewer processes"
         )
     shape = tuple(sizes.values())
-    return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * len(shape), devices=devices[:needed])
+    try:
+        return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * len(shape), devices=devices[:needed])
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"MeshConfig: {sizes}: the size of each axis must be a product of dimensions of the TPUs' torus, each"
+            " used once; `python -m launch.compile --search` lists meshes that fit"
+        ) from error
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
@@ -97,13 +104,15 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int | None = N
         num_rows: rows of the whole batch, if `batch` holds `own_rows` alone.
     """
 
+    own = None if num_rows is None else own_rows(num_rows, mesh)
+
     def put(x: np.ndarray) -> jax.Array:
         whole = len(x) if num_rows is None else num_rows
         if batch_shards(whole, mesh) == 1:
             _warn_of_replication(whole, mesh)
         place_R = np.arange(whole)
-        if num_rows is not None:
-            place_R[own_rows(num_rows, mesh)] = np.arange(len(x))
+        if own is not None:
+            place_R[own] = np.arange(len(x))
         shape = (whole, *x.shape[1:])
         return jax.make_array_from_callback(shape, _batch_sharding(shape, mesh), lambda index: x[place_R[index[0]]])  # pyright: ignore[reportOptionalSubscript]
 
