@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +12,18 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from moe_jax.__main__ import main
-from moe_jax.config import AttentionConfig, ModelConfig, RoPEConfig, to_dict
+from moe_jax.analysis.evaluation_statistics import figures
+from moe_jax.config import AttentionConfig, ConfigError, ModelConfig, RoPEConfig, to_dict
+from moe_jax.data.problem_files import problem_files
 from moe_jax.data.tokenizer import HFTokenizer, byte_characters
 from moe_jax.interop.pretrained import Pretrained, load_pretrained, save_pretrained
 from moe_jax.model.definition import Definition
 from moe_jax.presets import tiny_moe
 from moe_jax.rng import random_key
-from moe_jax.tools.evaluate import batches, figures, problem_files
+from moe_jax.tools.evaluation_records import batches
 from moe_jax.tools.generate import sampling_config
 from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.start import keep_tokenizer
 
 MODEL = ModelConfig(
     vocab_size=264,
@@ -135,8 +139,23 @@ def test_generation_config_gives_the_defaults_and_flags_go_before_them():
     found = sampling_config(stated, none, chat=True)
     assert (found.temperature, found.top_p, found.top_k, found.max_new_tokens) == (0.6, 0.95, 0, 1024)
     assert sampling_config(stated, none | {"temperature": 0.0}, chat=True).temperature == 0
-    greedy = sampling_config({"do_sample": False, "temperature": 0.6}, none, chat=False)
-    assert greedy.temperature == 0 and greedy.max_new_tokens == 256
+    # As in transformers: greedy unless do_sample says otherwise, whatever else is stated.
+    for config in (
+        {"do_sample": False, "temperature": 0.6},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"eos_token_id": 1},
+        {},
+    ):
+        greedy = sampling_config(config, none, chat=False)
+        assert (greedy.temperature, greedy.top_p, greedy.max_new_tokens) == (0, 1, 256)
+    assert sampling_config({"max_new_tokens": 9}, none, chat=False).max_new_tokens == 9
+    # Who asks for draws gets them, with what else is stated.
+    drawn = sampling_config({"temperature": 0.6}, none | {"top_p": 0.9}, chat=False)
+    assert (drawn.temperature, drawn.top_p) == (0.6, 0.9)
+    assert sampling_config({}, none | {"top_k": 5}, chat=False).temperature == 1
+    assert sampling_config(None, none, chat=False).temperature == 1  # trained here
+    with pytest.raises(ConfigError, match=r"generation_config.json: temperature = 'hot': must be a number"):
+        sampling_config({"do_sample": True, "temperature": "hot"}, none, chat=False)
 
 
 def refused(capsys) -> str:
@@ -297,3 +316,13 @@ def test_a_run_becomes_a_checkpoint_and_a_run_again_bit_for_bit(tmp_path, capsys
     assert "init, step 0" in capsys.readouterr().err
     assert main(["convert", "--checkpoint", str(out), "--run-dir", str(back)]) == 2
     assert "is there already" in refused(capsys)
+
+
+def test_a_run_keeps_a_tiktoken_tokenizer(tmp_path):
+    """By its folder or its file; the copy alone is then enough."""
+    source = Path(__file__).with_name("data") / "tiktoken"
+    for name in (source, source / "tiktoken.model"):
+        run = tmp_path / name.name
+        kept = keep_tokenizer(run, str(name))
+        assert keep_tokenizer(run, "moved away").encode("专家 [EOS]") == kept.encode("专家 [EOS]")
+        assert not list(run.rglob("tokenizer.json"))

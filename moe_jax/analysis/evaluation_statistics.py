@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -95,3 +95,55 @@ def mean_interval(values: ArrayLike) -> Interval:
         "high": max(min(center + half, 1.0), mean),
         "problems": number,
     }
+
+
+def figures(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], samples: int) -> dict[str, Any]:
+    """pass@k for powers of two and all samples, cons@k, and what the completions are like; of problems that have all
+    their samples. `groups` says which file each problem is of; with several, pass@1 of each is there too."""
+    by_problem: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_problem.setdefault(row["problem"], []).append(row)
+    whole = {problem: found for problem, found in by_problem.items() if len(found) == samples}
+    if not whole:
+        return {"problems": 0}
+    right = {problem: [row["correct"] for row in found] for problem, found in whole.items()}
+    result: dict[str, Any] = {"problems": len(whole)}
+    for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
+        result[f"pass_at_{k}"] = mean_interval([pass_at_k(samples, sum(r), k) for r in right.values()])
+    result[f"cons_at_{samples}"] = mean_interval([_majority_is_right(found) for found in whole.values()])
+    flat = [row for found in whole.values() for row in found]
+    result |= {
+        "answered": float(np.mean([row["answer"] is not None for row in flat])),
+        "cut_off": float(np.mean([row["cut_off"] for row in flat])),
+        "mean_tokens": float(np.mean([row["tokens"] for row in flat])),
+    }
+    if len(set(groups)) > 1:
+        of_group: dict[str, list[list[bool]]] = {}
+        for problem, found in right.items():
+            of_group.setdefault(groups[problem], []).append(found)
+        result["pass_at_1_by_file"] = {group: mean_interval(np.array(of_group[group])) for group in sorted(of_group)}
+    return result
+
+
+def _majority_is_right(rows: Sequence[Mapping[str, Any]]) -> float:
+    ordered = sorted(rows, key=lambda row: row["sample"])
+    majority = majority_answer([row["answer"] for row in ordered])
+    return float(next((row["correct"] for row in ordered if row["answer"] == majority and majority is not None), False))
+
+
+def figures_table(summary: Mapping[str, Any]) -> str:
+    """What `figures` found, a line each."""
+
+    def lines() -> Iterator[str]:
+        by_file = summary.get("pass_at_1_by_file", {})
+        intervals = {name: value for name, value in summary.items() if isinstance(value, dict) and "mean" in value}
+        for name, value in {**intervals, **{f"pass_at_1 {name}": value for name, value in by_file.items()}}.items():
+            title = name.replace("_at_", "@")
+            yield f"{title:24}{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        if summary["problems"]:
+            yield (
+                f"answered {summary['answered']:.2f}, cut off {summary['cut_off']:.2f},"
+                f" mean length {summary['mean_tokens']:.0f} tokens"
+            )
+
+    return "\n".join(lines())

@@ -5,7 +5,7 @@ B rows, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any
@@ -32,7 +32,7 @@ def encode_problem(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(problem.prompt) if problem.chat else encode_prompt(problem.prompt, tokenizer)
 
 
-class AskedProblems:
+class AskedProblems(ProblemSource):
     """A source whose problems are put into words for a model that was trained elsewhere.
 
     Args:
@@ -42,17 +42,20 @@ class AskedProblems:
 
     def __init__(self, source: ProblemSource, wording: str, tokenizer: Tokenizer, *, chat: bool):
         self._source, self._wording, self._tokenizer, self._chat = source, wording, tokenizer, chat
-        self.works_in_equations = source.works_in_equations
+        self.works_in_equations, self.levels = source.works_in_equations, source.levels
         self.test = [self._ask(problem) for problem in source.test]
 
-    def sample(self, step: int, count: int, purpose: str) -> list[Problem]:
-        return [self._ask(problem) for problem in self._source.sample(step, count, purpose)]
+    def sample(self, step: int, count: int, purpose: str, level: int = 0) -> list[Problem]:
+        return [self._ask(problem) for problem in self._source.sample(step, count, purpose, level)]
 
     def documents(self, step: int, count: int, purpose: str) -> list[Document]:
         return self._source.documents(step, count, purpose)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         return self._source.is_correct(problem, answer)
+
+    def credits(self, answers: Sequence[tuple[Problem, str]]) -> list[float]:
+        return self._source.credits(answers)
 
     def _ask(self, problem: Problem) -> Problem:
         text = self._wording.replace("{problem}", problem.prompt)

@@ -24,6 +24,8 @@ import tokenizers
 
 from moe_jax.config import ConfigError
 from moe_jax.data import DataError
+from moe_jax.data.byte_level import byte_characters
+from moe_jax.data.tiktoken_files import TIKTOKEN_FILE, read_tiktoken
 
 
 class Tokenizer(ABC):
@@ -184,7 +186,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`, with what stands beside it in its folder.
+    """A Hugging Face `tokenizer.json`, or else a `tiktoken.model`, with what stands beside it in its folder.
 
     - `tokenizer_config.json`: bos_token (none begins a document if add_bos_token is false), eos_token, pad_token,
       chat_template;
@@ -197,7 +199,7 @@ class HFTokenizer(Tokenizer):
     a warning, for that token can then never be generated.
 
     Args:
-      path: a tokenizer.json, or the folder that holds it.
+      path: a tokenizer.json or tiktoken.model, or the folder that holds it.
 
     Raises:
       DataError: a missing or malformed file, a configured token that is not in the vocabulary.
@@ -205,13 +207,16 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        self.file = path / "tokenizer.json" if path.is_dir() else path
+        self.file = (tokenizer_file(path) or path / "tokenizer.json") if path.is_dir() else path
         if not self.file.is_file():
             raise DataError(f"{self.file} does not exist: name a tokenizer.json, or the folder that holds one")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{self.file} is not a tokenizer of the `tokenizers` library: {error}") from error
+        if self.file.name == TIKTOKEN_FILE:
+            self._tokenizer = read_tiktoken(self.file.parent)
+        else:
+            try:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+            except Exception as error:  # the library raises plain Exception
+                raise DataError(f"{self.file} is not a tokenizer of the `tokenizers` library: {error}") from error
         # Training pipelines store these two in the file, and they would cut or pad every text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -234,7 +239,13 @@ class HFTokenizer(Tokenizer):
         begins = config.get("add_bos_token", True)
         self.bos_id, self.eos_id = ids.get("bos_token") if begins else None, ids.get("eos_token")
         generation_eos = _read_json(self.file.parent / "generation_config.json").get("eos_token_id")
-        stops = [self.eos_id, *(generation_eos if isinstance(generation_eos, list) else [generation_eos])]
+        further = generation_eos if isinstance(generation_eos, list) else [generation_eos]
+        if not all(index is None or type(index) is int for index in further):
+            raise DataError(
+                f"{self.file.parent / 'generation_config.json'}: eos_token_id = {generation_eos!r} must be a token's"
+                " number, or a list of them"
+            )
+        stops = [self.eos_id, *further]
         self.stop_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
         self._templates = self._read_templates(config, config_file)
         self.has_chat_template = "default" in self._templates
@@ -277,6 +288,10 @@ class HFTokenizer(Tokenizer):
             raise DataError(
                 f"{config_file}: chat_template must be a string or a list of {{name, template}}, not {template!r}"
             ) from error
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -345,6 +360,11 @@ class HFTokenizer(Tokenizer):
         special_V = np.zeros(self.vocab_size, bool)
         special_V[[index for index, token in self._added.items() if token.special]] = True
         return special_V
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """What `HFTokenizer` reads from a folder, None if there is no such file."""
+    return next((folder / name for name in ("tokenizer.json", TIKTOKEN_FILE) if (folder / name).is_file()), None)
 
 
 class DecodeStream:
@@ -447,13 +467,6 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def byte_characters() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else a character from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 _BYTE_OF_CHARACTER = byte_characters()

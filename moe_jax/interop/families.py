@@ -7,6 +7,7 @@ values are those that transformers 5.23 computes with, and so are the defaults o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -127,7 +128,7 @@ _KV_HEADS = {"num_key_value_heads": lambda config: config["num_attention_heads"]
 _ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10_000.0}
 
 FAMILIES = (
-    Family(  # DeepSeek-V3, R1, Moonlight
+    Family(  # DeepSeek-V3, R1, Moonlight, Kimi-K2
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
         fields={
@@ -258,6 +259,9 @@ FAMILIES = (
 )
 
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
+_BY_TYPE["kimi_k2"] = _BY_TYPE["deepseek_v3"]  # its own code alone knows this name, the architecture is the same
+_POSITIVE = {"vocab_size", "hidden_size", "num_layers", "max_position", "rms_norm_eps", "attention.num_heads"}
+"""Paths; those that others are computed from are known to be right before they are."""
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32", None: "float32"}
 
@@ -277,10 +281,13 @@ def read_model_config(path: Path) -> tuple[ModelConfig, Family]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    family = _BY_TYPE.get(config.get("model_type"))
-    if family is None:
-        raise ConfigError(f"{path}: model_type = {config.get('model_type')!r} is not one of {', '.join(_BY_TYPE)}")
+        raise ConfigError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(config).__name__}: download it again")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _BY_TYPE:
+        raise ConfigError(f"{path}: model_type = {model_type!r} is not one of {', '.join(_BY_TYPE)}")
+    family = _BY_TYPE[model_type]
     try:
         return _model_config(config, family), family
     except ConfigError as error:
@@ -290,12 +297,13 @@ def read_model_config(path: Path) -> tuple[ModelConfig, Family]:
 def _model_config(config: Json, family: Family) -> ModelConfig:
     flat = dict(family.implies)
     for path, names in family.fields.items():
-        flat[path] = _value(config, names.split("|"), family)
+        flat[path] = _value(config, names.split("|"), family, _hint(path))
+        if flat[path] == 0 and (path in _POSITIVE or (path == "moe.num_experts" and "first_k_dense" in family.implies)):
+            raise ConfigError(f"{names} = 0: must be greater than 0")
     for name, options in family.choices.items():
         flat |= _chosen(name, config.get(name, next(iter(options))), options)
     for name, expected in family.only.items():
-        expected = _resolved(expected, config)
-        if name in config and config[name] != expected:
+        if name in config and config[name] != (expected := _resolved(expected, config)):
             raise ConfigError(f"{name} = {config[name]!r}: only {expected!r} is understood for {family.model_type}")
     known = {name for names in family.fields.values() for name in names.split("|")}
     known |= {*family.only, *family.choices, *family.harmless, *HARMLESS, *_ROPE_FIELDS, "quantization_config"}
@@ -305,38 +313,59 @@ def _model_config(config: Json, family: Family) -> ModelConfig:
                 f"{name} = {value!r} is not understood for {family.model_type}: if it does not change what the model"
                 " computes, remove it from the file"
             )
-    _check_quantization(config.get("quantization_config"))
+    _check_quantization(_object("quantization_config", config.get("quantization_config")))
     flat["dtype"] = _chosen("torch_dtype", config.get("dtype") or config.get("torch_dtype"), _DTYPES)
     is_mla = flat["attention.kind"] == "mla"
     flat |= {f"attention.rope.{name}": value for name, value in _rope(config, is_mla, family).items()}
-    return _built(flat)
+    try:
+        return _built(flat)
+    except ConfigError as error:
+        raise ConfigError(_in_their_words(str(error), family)) from error
 
 
 def _resolved(value: Any, config: Json) -> Any:
     return value(config) if callable(value) else value
 
 
-def _value(config: Json, names: list[str], family: Family) -> Any:
+def _value(config: Json, names: list[str], family: Family, hint: type) -> Any:
     name = next((name for name in names if name in config), names[0])
     if name not in config:
         if name not in family.absent:
-            raise ConfigError(f"{name} is missing")
+            raise ConfigError(f"{name} is missing: download the file again, or add it")
         return _resolved(family.absent[name], config)
     if config[name] is None:
         if name not in family.null:
-            raise ConfigError(f"{name} = null is not understood for {family.model_type}")
+            raise ConfigError(f"{name} = null is not understood for {family.model_type}: it must be a value")
         return _resolved(family.null[name], config)
-    return config[name]
+    return _typed(name, config[name], hint)
+
+
+def _typed(name: str, value: Any, hint: type) -> Any:
+    """The value as an int, float or bool; no number in these files is negative."""
+    if hint is bool and not isinstance(value, bool):
+        raise ConfigError(f"{name} = {value!r}: must be true or false")
+    if hint is bool:
+        return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not is_number or hint(value) != value:
+        raise ConfigError(f"{name} = {value!r}: must be a {'whole ' * (hint is int)}number, 0 or greater")
+    return hint(value)
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{name} = {value!r}: must be a JSON object or null")
+    return dict(value or {})
 
 
 def _chosen(name: str, value: Any, options: Mapping[Any, Any]) -> Any:
-    if value not in options:
+    if value not in list(options):
         raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(map(str, options))}")
     return options[value]
 
 
-def _check_quantization(quantization: Json | None) -> None:
-    for name, value in (quantization or {}).items():
+def _check_quantization(quantization: Json) -> None:
+    for name, value in quantization.items():
         # scale_fmt (V3.1) says how scales were rounded when written, which their values show.
         if name != "scale_fmt" and value != QUANTIZATION_CONFIG.get(name):
             raise ConfigError(
@@ -347,25 +376,27 @@ def _check_quantization(quantization: Json | None) -> None:
 
 def _rope(config: Json, is_mla: bool, family: Family) -> dict[str, Any]:
     """Fields of `RoPEConfig`, from transformers 4's rope_theta and rope_scaling or 5's rope_parameters."""
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", config.get("rope_theta", family.absent["rope_theta"]))
+    old, new = (_object(name, config.get(name)) for name in ("rope_scaling", "rope_parameters"))
+    if old and new and old != new:
+        raise ConfigError(f"rope_scaling = {old!r}, but rope_parameters = {new!r}: remove the one that is wrong")
+    parameters = old or new
+    theta = _typed("rope_theta", config.get("rope_theta", family.absent["rope_theta"]), float)
+    theta = _typed("rope_parameters.rope_theta", parameters.pop("rope_theta", theta), float)
     old_type = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", old_type)
 
-    def take(name: str, *default: Any) -> Any:
+    def take(name: str, hint: type = float, default: Any = None) -> Any:
         value = parameters.pop(name, None)
-        if value is None and not default:
-            raise ConfigError(f"rope_scaling.{name} must be a number with rope_type = {kind!r}")
-        return default[0] if value is None else value
+        return _typed(f"rope_scaling.{name}", default if value is None else value, hint)
 
-    rope: dict[str, Any] = {"theta": float(theta)}
+    rope: dict[str, Any] = {"theta": theta}
     only: dict[str, Any] = {"partial_rotary_factor": 1.0}
     if kind in ("yarn", "llama3"):
-        original = take("original_max_position_embeddings", config["max_position_embeddings"])
-        rope |= {"scaling": kind, "factor": float(take("factor")), "original_max_position": original}
+        original = take("original_max_position_embeddings", int, config["max_position_embeddings"])
+        rope |= {"scaling": kind, "factor": take("factor"), "original_max_position": original}
     if kind == "yarn":
-        rope |= {"beta_fast": float(take("beta_fast", 32)), "beta_slow": float(take("beta_slow", 1))}
-        mscale, mscale_all_dim = take("mscale", 0.0), take("mscale_all_dim", 0.0)
+        rope |= {"beta_fast": take("beta_fast", default=32), "beta_slow": take("beta_slow", default=1)}
+        mscale, mscale_all_dim = take("mscale", default=0), take("mscale_all_dim", default=0)
         if is_mla and mscale and mscale_all_dim:
             rope |= {"mscale": mscale, "mscale_all_dim": mscale_all_dim}
         elif mscale or mscale_all_dim:
@@ -375,11 +406,13 @@ def _rope(config: Json, is_mla: bool, family: Family) -> dict[str, Any]:
                 f"rope_scaling.mscale = {mscale}, mscale_all_dim = {mscale_all_dim}: {needs} must be set, in other"
                 " cases implementations differ"
             )
-        only |= {"truncate": True, "attention_factor": 0.1 * math.log(rope["factor"]) + 1.0}
-        if mscale:
-            del only["attention_factor"]
+        only |= {"truncate": True}
+        if not mscale and rope["factor"] > 1:
+            only |= {"attention_factor": 0.1 * math.log(rope["factor"]) + 1.0}
     elif kind == "llama3":
-        rope |= {name: float(take(name)) for name in ("low_freq_factor", "high_freq_factor")}
+        rope |= {name: take(name) for name in ("low_freq_factor", "high_freq_factor")}
+        if not rope["low_freq_factor"]:
+            raise ConfigError("rope_scaling.low_freq_factor = 0: must be greater than 0")
     elif kind != "default":
         raise ConfigError(f"rope_scaling.rope_type = {kind!r}: must be one of default, yarn, llama3")
     for name, value in parameters.items():
@@ -391,24 +424,44 @@ def _rope(config: Json, is_mla: bool, family: Family) -> dict[str, Any]:
 _PARTS = {"attention.rope.": RoPEConfig, "attention.": AttentionConfig, "moe.": MoEConfig, "mtp.": MTPConfig}
 
 
+def _part(path: str) -> tuple[type, str]:
+    """The class and the field that a path leads to."""
+    prefix = next((prefix for prefix in _PARTS if path.startswith(prefix)), "")
+    return _PARTS.get(prefix, ModelConfig), path.removeprefix(prefix)
+
+
+def _hint(path: str) -> type:
+    part, name = _part(path)
+    return _hints(part)[name]
+
+
+_hints = functools.cache(get_type_hints)
+
+
 def _built(flat: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` with these values, by path; each must have its field's type."""
+    """The `ModelConfig` with these values, by path."""
     values = dict(flat)
     for prefix, part in _PARTS.items():
         own = {path: values.pop(path) for path in [*values] if path.startswith(prefix)}
-        values[prefix[:-1]] = _checked(part, {path.removeprefix(prefix): value for path, value in own.items()})
-    return _checked(ModelConfig, values)
+        values[prefix[:-1]] = part(**{path.removeprefix(prefix): value for path, value in own.items()})
+    return ModelConfig(**values)
 
 
-def _checked(part: type, values: dict[str, Any]) -> Any:
-    for name, hint in get_type_hints(part).items():
-        if name not in values or hint not in (int, float, bool):
-            continue
-        value = values[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) != (hint is bool) or hint(value) != value:
-            raise ConfigError(f"{part.__name__}.{name} = {value!r}: must be of type {hint.__name__}")
-        values[name] = hint(value)
-    return part(**values)
+def _in_their_words(message: str, family: Family) -> str:
+    """A message of ModelConfig's with the fields of config.json instead of ours."""
+    names = {path: name.split("|")[0] for path, name in family.fields.items()}
+    names |= {f"attention.rope.{ours}": theirs for ours, theirs in _ROPE_NAMES.items()}
+    for path, name in names.items():
+        part, ours = _part(path)
+        if message.startswith(f"{part.__name__}.{ours} = "):
+            message = f"{name}{message.removeprefix(f'{part.__name__}.{ours}')}"
+        message = message.replace(f" {ours} = ", f" {name} = ")
+    return message
+
+
+_ROPE_NAMES = {"theta": "rope_theta", "original_max_position": "rope_scaling.original_max_position_embeddings"} | {
+    name: f"rope_scaling.{name}" for name in ("factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -508,7 +561,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
         if moe.num_groups > 1:
             kept |= {"moe.num_groups", "moe.num_groups_per_token", "moe.group_score"}
     if cfg.mtp.depth:
-        kept |= {"mtp.hidden_first"}
+        kept |= {"mtp.kind", "mtp.hidden_first"}
     values = {path: flat[path] if path in kept else default[path] for path in default}
     values["moe.sequence_balance_coef"] = 0.0  # with fixed routing it must be
     if not moe.num_experts:

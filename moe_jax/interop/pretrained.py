@@ -10,7 +10,8 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from jax import Array
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from moe_jax.config import ConfigError, ModelConfig, MTPConfig
-from moe_jax.data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from moe_jax.data.tiktoken_files import TIKTOKEN_FILE
+from moe_jax.data.tokenizer import HFTokenizer, Tokenizer, tokenizer_file
 from moe_jax.interop.families import HARMLESS, Family, read_model_config, write_config
 from moe_jax.interop.fp8 import QUANTIZATION_CONFIG, is_quantized_in_deepseek_v3
 from moe_jax.interop.placement import extracted, placed
@@ -32,7 +34,7 @@ from moe_jax.model.definition import Arrays, Definition
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    *("merges.txt", "tokenizer.model", TIKTOKEN_FILE, "chat_template.jinja", "chat_template.json"),
 )
 
 
@@ -51,7 +53,7 @@ class Pretrained:
     rest: Arrays
     """Router biases, float32."""
     tokenizer: Tokenizer | None = None
-    """None if the folder has no tokenizer.json."""
+    """None if the folder has neither tokenizer.json nor tiktoken.model."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json; {} if there is none."""
     folder: Path | None = None
@@ -96,8 +98,11 @@ def load_pretrained(
         ConfigError: config.json is not understood (`families.read_model_config`), or there is no such folder and the
             hub does not give it.
         CheckpointFilesError: files or tensors are missing, of another shape, corrupt or not known.
+        DataError: the tokenizer cannot be read.
     """
     folder, files, cfg, family = _opened(path_or_repo)
+    generation = _read_json(folder / "generation_config.json")
+    tokenizer = HFTokenizer(folder) if tokenizer_file(folder) else None
     if verify:
         files.verify(".safetensors")
     names = set(files.names)
@@ -118,15 +123,8 @@ def load_pretrained(
         sharding = (params if is_param else rest).get(name, here)
         stored = dtype if dtype and is_param else "float32"
         arrays[name] = placed(by_array[name], files, variable.shape, sharding, stored)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    return Pretrained(
-        definition,
-        {name: arrays.pop(name) for name in definition.param_names},
-        arrays,
-        load_tokenizer(folder) if has_tokenizer else None,
-        _read_json(folder / "generation_config.json"),
-        folder,
-    )
+    params = {name: arrays.pop(name) for name in definition.param_names}
+    return Pretrained(definition, params, arrays, tokenizer, generation, folder)
 
 
 def read_config(path_or_repo: str | Path) -> tuple[Path, ModelConfig]:
@@ -155,16 +153,46 @@ def _folder(path_or_repo: str | Path) -> Path:
         raise ConfigError(
             f"no folder {name!r}, and repositories need the extra `hub`, `pip install moe_jax[hub]`; or {remedy}"
         ) from error
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=5)
+        info = huggingface_hub.HfApi().model_info(name, timeout=5)
+        names = [file.rfilename for file in info.siblings or ()]
+        wanted = _wanted(name, names)
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, etag_timeout=5))
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the library's HTTP client raises
         raise ConfigError(f"no folder {name!r}, and the hub does not give it ({error}): {remedy}") from error
 
 
+def _wanted(repository: str, names: Sequence[str]) -> list[str]:
+    """Which files of a repository are read here; its weights may be there a second time, in other formats or folders.
+
+    Raises:
+        ConfigError: none of them are safetensors.
+    """
+    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if not weights:
+        pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        raise ConfigError(
+            f"{repository} has {'PyTorch pickles (*.bin) only' if pickles else 'no safetensors files'}: nothing was"
+            " downloaded. Convert it, for instance by transformers' AutoModelForCausalLM.from_pretrained"
+            f"({repository!r}).save_pretrained(DIR) and the same with AutoTokenizer, and give DIR"
+        )
+    named = [name for name in weights if name.startswith("model")]  # Mistral's has all again as consolidated
+    others = [name for name in names if "/" not in name and (name.endswith(".json") or name in TOKENIZER_FILES)]
+    return [*(named or weights), *others]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointFilesError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointFilesError(f"{path} must hold a JSON object, not {type(value).__name__}: download it again")
+    return value
 
 
 def _mtp_in_files(cfg: ModelConfig, names: Container[str], folder: Path) -> MTPConfig:
@@ -218,6 +246,9 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face folder that transformers loads: all of it or nothing, one tensor in memory at a time.
 
+    In a run of several processes all must call it: each takes part in gathering the tensors, the first one writes, and
+    none returns before the folder is there.
+
     The tokenizer's files and the chat template are copied from the folder of `model.tokenizer`, token ids and other
     fields that do not describe the architecture from the config.json in `model.folder`. Experts are written as one
     tensor each, which every version of transformers reads.
@@ -226,7 +257,8 @@ def save_pretrained(
         model: weights may lie on a mesh.
         path: must not exist yet, or be empty.
         dtype: "float32" or "bfloat16" tensors; None: as `model.config.dtype`. Router biases are float32 in any case.
-        fp8: store matrices as DeepSeek-V3's block-scaled FP8 (`fp8.is_quantized_in_deepseek_v3`).
+        fp8: store matrices as DeepSeek-V3's block-scaled FP8 (`fp8.is_quantized_in_deepseek_v3`). transformers 5.23
+            reads it where the matrices' sides are up to 128 or multiples of it.
         max_shard_bytes: size of a safetensors file.
 
     Raises:
@@ -256,7 +288,46 @@ def save_pretrained(
     if model.generation:
         files["generation_config.json"] = json.dumps(model.generation, indent=2) + "\n"
     if isinstance(model.tokenizer, HFTokenizer):
-        beside = model.tokenizer.file.parent
-        files |= {name: (beside / name).read_bytes() for name in TOKENIZER_FILES if (beside / name).is_file()}
+        files |= _tokenizer_files(model.tokenizer)
     is_quantized = is_quantized_in_deepseek_v3 if fp8 else None
-    write_folder(path, tensors(), files, max_shard_bytes=max_shard_bytes, fp8=is_quantized)
+    gathered = tensors()
+    with _written_by_the_first(path, gathered) as is_first:
+        if is_first:
+            write_folder(path, gathered, files, max_shard_bytes=max_shard_bytes, fp8=is_quantized)
+
+
+@contextmanager
+def _written_by_the_first(path: str | Path, gathered: Iterator[Any]) -> Iterator[bool]:
+    """Whether this process is the one that writes; at the end all have gathered all, and know whether it could."""
+    if jax.process_count() == 1:
+        yield True
+        return
+    from jax.experimental import multihost_utils
+
+    failure = None
+    try:
+        yield jax.process_index() == 0
+    except Exception as error:
+        failure = error
+    for _ in gathered:  # what is left of it: the others wait in every gather
+        pass
+    failed = multihost_utils.broadcast_one_to_all(np.bool_(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointFilesError(f"{path}: process 0 could not write it; its message says why")
+
+
+def _tokenizer_files(tokenizer: HFTokenizer) -> dict[str, str | bytes]:
+    """The files of its folder; with a tokenizer.json if there is none, since without code nothing else reads those."""
+    beside = tokenizer.file.parent
+    files: dict[str, str | bytes] = {
+        name: (beside / name).read_bytes() for name in TOKENIZER_FILES if (beside / name).is_file()
+    }
+    if tokenizer.file.name == TIKTOKEN_FILE:
+        config = _read_json(beside / "tokenizer_config.json")
+        config.pop("auto_map", None)
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        files["tokenizer.json"] = tokenizer.to_json()
+    return files

@@ -9,6 +9,8 @@ bytes from weights.
 """
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -16,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -210,7 +213,10 @@ def _open_shard(path: Path) -> dict[str, np.ndarray]:
     try:
         for name, entry in header.items():
             begin, stop = map(int, entry["data_offsets"])
-            entries.append((begin, stop, name, str(entry["dtype"]), tuple(map(int, entry["shape"]))))
+            shape = tuple(map(int, entry["shape"]))
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{name!r} has shape {shape}")
+            entries.append((begin, stop, name, str(entry["dtype"]), shape))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointFilesError(f"{path}: an entry of its header is malformed ({error!r}); {_AGAIN}") from error
 
@@ -270,19 +276,18 @@ def write_folder(
     `model-00001-of-0000N.safetensors` and an index once they exceed `max_shard_bytes`. Tensors whose name `fp8` accepts
     (`moe_jax.interop.fp8.is_quantized_in_deepseek_v3`) are quantised by blocks.
 
-    The work is done in `<folder>.partial`, which takes the final name last and is removed when the export fails; the
-    next export removes what a killed one left. Raises CheckpointFilesError: the folder is not empty, a name comes
-    twice, a type has no safetensors form, the disk is full.
+    The work is done in a folder of its own beside it, `<folder>.*.partial`, which takes the final name last and is
+    removed when the export fails; the next export removes what a killed one left. Of several exports to one folder the
+    first to be complete stays. Raises CheckpointFilesError: the folder is not empty, a name comes twice, a type has no
+    safetensors form, the disk is full.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointFilesError(f"{folder}: exists and is not empty; choose another folder or delete it first")
-    partial = folder.with_name(folder.name + ".partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():
-        shutil.rmtree(partial)
+    _remove_abandoned(folder)
+    partial, lock = _own_folder(folder)
     try:
-        partial.mkdir()
         sums = _write_shards(partial, _stored(tensors, fp8), max_shard_bytes)
         for name, content in files.items():
             sums[name] = _write_file(partial / name, content)
@@ -292,12 +297,50 @@ def write_folder(
         _sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise CheckpointFilesError(
+                f"{folder}: another export to this folder was complete first, and stays; choose another folder"
+            ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointFilesError(
                 f"{folder}: the disk (or the quota) was full before all weights were written, and nothing was kept; "
                 "free space or choose another disk. An export needs its own size and one shard more"
             ) from error
         raise
+    finally:
+        os.close(lock)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder beside `folder`, and its lock."""
+    while True:
+        partial = Path(tempfile.mkdtemp(".partial", f"{folder.name}.", folder.parent))
+        with suppress(FileNotFoundError, BlockingIOError):  # taken for abandoned before it was locked
+            lock = _locked(partial)
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o777 & ~mask)
+            return partial, lock
+
+
+def _locked(folder: Path) -> int:
+    """A lock that the kernel releases when this process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed exports left, and not what a running one writes."""
+    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
+        with suppress(OSError):  # locked by its export, or gone
+            lock = _locked(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
 
 
 def _stored(

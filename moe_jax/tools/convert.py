@@ -62,7 +62,10 @@ def _export(run: Path, out: Path, phase: str | None, dtype: str | None, mesh: Me
                 write_byte_tokenizer(Path(temporary))
                 tokenizer = HFTokenizer(temporary)
             generation_file = tokenizer.file.parent / "generation_config.json"
-            generation: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            # A model that was trained here is drawn from; without this word checkpoints are greedy.
+            generation: dict[str, Any] = {"do_sample": True, "eos_token_id": tokenizer.eos_id}
+            if tokenizer.bos_id is not None:
+                generation["bos_token_id"] = tokenizer.bos_id
             if generation_file.is_file():
                 generation = json.loads(generation_file.read_text(encoding="utf-8"))
             model = Pretrained(definition, weights.params, weights.rest, tokenizer, generation)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moe_jax.config import MeshConfig, SamplingConfig
+from moe_jax.tools.evaluation_records import Records, batches, replace_file
 from moe_jax.tools.model import ONE_DEVICE, Model, ToolError, check_source, load_model, mendable
 
 if TYPE_CHECKING:
@@ -100,7 +98,9 @@ def evaluate(
     import jax
     import numpy as np
 
+    from moe_jax.analysis.evaluation_statistics import figures, figures_table
     from moe_jax.data.answers import Judge
+    from moe_jax.data.problem_files import problem_files, read_sources
 
     with mendable():
         sources = [file for path in data for file in problem_files(path)]
@@ -143,45 +143,16 @@ def evaluate(
             "math_verify": judge.uses_math_verify,
             "settings": settings,
         }
-        _replace_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise ToolError(f"cannot write {folder}: {error}. Name another folder with --out") from error
-    print(_table(summary, folder))
+    print(f"\n{model.title}: {summary['problems']} problems\n{figures_table(summary)}\nFigures and samples: {folder}")
     if interrupted:
         print("Interrupted. The same command goes on from here.")
         raise KeyboardInterrupt
 
 
-# ------------------------------------------------------------------------------------------------------- the problems
-
-
-def problem_files(path: Path) -> list[Path]:
-    """The file itself; of a folder its test.jsonl, or else all .jsonl and .json files in it, sorted.
-
-    Raises:
-        DataError: a folder without any.
-    """
-    from moe_jax.data import DataError
-
-    if not path.is_dir():
-        return [path]
-    if (path / "test.jsonl").is_file():
-        return [path / "test.jsonl"]
-    files = sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl"))
-    if not files:
-        raise DataError(f"{path} has no .jsonl or .json file: name a file of problems, or a folder of such files")
-    return files
-
-
-def read_sources(files: Sequence[Path]) -> list[tuple[str, Problem]]:
-    """(group, problem) of all files; the group is a .jsonl file's name, or the folder of .json files."""
-    from moe_jax.data.problems import read_problems
-
-    return [
-        (file.name if file.suffix == ".jsonl" else file.parent.name, problem)
-        for file in files
-        for problem in read_problems(file)
-    ]
+# ------------------------------------------------------------------------------------------------------ the questions
 
 
 class Asking(NamedTuple):
@@ -215,69 +186,6 @@ def _asking(model: Model, prompt: str | None, raw: bool, stop: tuple[str, ...] |
 
 
 # ------------------------------------------------------------------------------------------------------- the samples
-
-
-@dataclass
-class Records:
-    """The samples drawn so far, in memory and in samples.jsonl; a batch is there whole or not at all."""
-
-    file: Path
-    rows: list[dict[str, Any]]
-
-    @classmethod
-    def open(cls, folder: Path, settings: Mapping[str, Any]) -> Records:
-        """Begins a folder, or takes up what an evaluation with the same settings left in it.
-
-        Raises:
-            ToolError: the folder has an evaluation with other settings.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        file, saved = folder / "samples.jsonl", folder / "settings.json"
-        if not saved.exists():
-            if file.exists():
-                raise ToolError(f"{file} is there without a settings.json: use another --out, or delete it")
-            _replace_file(saved, json.dumps(settings, indent=2) + "\n")
-        try:
-            before = json.loads(saved.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ToolError(f"{saved} is not JSON ({error}): use another --out, or delete the folder") from error
-        if before != json.loads(json.dumps(settings)):
-            name = next(name for name in settings if before.get(name) != settings[name])
-            raise ToolError(
-                f"{folder} has an evaluation with another {name}: {before.get(name)!r} there, {settings[name]!r} here;"
-                " use another --out, or delete the folder"
-            )
-        rows = []
-        with suppress(FileNotFoundError):
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-                rows.append(json.loads(line))
-        return cls(file, rows)
-
-    def complete_batches(self, size_of: Mapping[int, int]) -> set[int]:
-        """Which batches are there; rows of one that was cut off while it was written are dropped."""
-        counts: dict[int, int] = {}
-        for row in self.rows:
-            counts[row["batch"]] = counts.get(row["batch"], 0) + 1
-        complete = {batch for batch, count in counts.items() if count == size_of[batch]}
-        self.rows = [row for row in self.rows if row["batch"] in complete]
-        _replace_file(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
-        return complete
-
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.rows += rows
-
-
-def batches(problems: int, samples: int, batch_size: int) -> tuple[int, list[list[tuple[int, int]]]]:
-    """G, and for each batch its (problem, first sample) pairs; a batch has at most `batch_size` rows.
-
-    They are fixed by the arguments, so that an interrupted evaluation draws what an uninterrupted one would.
-    """
-    G = next(size for size in range(min(samples, batch_size), 0, -1) if samples % size == 0)
-    pairs = [(problem, first) for problem in range(problems) for first in range(0, samples, G)]
-    P = batch_size // G
-    return G, [pairs[start : start + P] for start in range(0, len(pairs), P)]
 
 
 def _draw(
@@ -348,73 +256,6 @@ def _draw(
             progress.update(len(done), correct=float(np.mean([row["correct"] for row in records.rows])))
 
 
-# ------------------------------------------------------------------------------------------------------- the figures
-
-
-def figures(rows: Sequence[Mapping[str, Any]], groups: Sequence[str], samples: int) -> dict[str, Any]:
-    """pass@k for powers of two and all samples, cons@k, and what the completions are like; of problems that have all
-    their samples. `groups` says which file each problem is of; with several, pass@1 of each is there too."""
-    import numpy as np
-
-    from moe_jax.analysis.evaluation_statistics import majority_answer, mean_interval, pass_at_k
-
-    by_problem: dict[int, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_problem.setdefault(row["problem"], []).append(row)
-    whole = {problem: found for problem, found in by_problem.items() if len(found) == samples}
-    if not whole:
-        return {"problems": 0}
-    right = {problem: [row["correct"] for row in found] for problem, found in whole.items()}
-    result: dict[str, Any] = {"problems": len(whole)}
-    for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
-        result[f"pass_at_{k}"] = mean_interval([pass_at_k(samples, sum(r), k) for r in right.values()])
-    result[f"cons_at_{samples}"] = mean_interval(
-        [_majority_is_right(found, majority_answer) for found in whole.values()]
-    )
-    flat = [row for found in whole.values() for row in found]
-    result |= {
-        "answered": float(np.mean([row["answer"] is not None for row in flat])),
-        "cut_off": float(np.mean([row["cut_off"] for row in flat])),
-        "mean_tokens": float(np.mean([row["tokens"] for row in flat])),
-    }
-    if len(set(groups)) > 1:
-        of_group: dict[str, list[list[bool]]] = {}
-        for problem, found in right.items():
-            of_group.setdefault(groups[problem], []).append(found)
-        result["pass_at_1_by_file"] = {group: mean_interval(np.array(of_group[group])) for group in sorted(of_group)}
-    return result
-
-
-def _majority_is_right(rows: Sequence[Mapping[str, Any]], majority_answer: Any) -> float:
-    ordered = sorted(rows, key=lambda row: row["sample"])
-    majority = majority_answer([row["answer"] for row in ordered])
-    return float(next((row["correct"] for row in ordered if row["answer"] == majority and majority is not None), False))
-
-
-def _table(summary: Mapping[str, Any], folder: Path) -> str:
-    def lines() -> Iterator[str]:
-        yield f"\n{summary['settings']['model']}: {summary['problems']} problems"
-        by_file = summary.get("pass_at_1_by_file", {})
-        intervals = {name: value for name, value in summary.items() if isinstance(value, dict) and "mean" in value}
-        for name, value in {**intervals, **{f"pass_at_1 {name}": value for name, value in by_file.items()}}.items():
-            title = name.replace("_at_", "@")
-            yield f"{title:24}{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-        if summary["problems"]:
-            yield (
-                f"answered {summary['answered']:.2f}, cut off {summary['cut_off']:.2f},"
-                f" mean length {summary['mean_tokens']:.0f} tokens"
-            )
-        yield f"Figures and samples: {folder}"
-
-    return "\n".join(lines())
-
-
 def _default_folder(run: Path | None, checkpoint: str | None, data: Sequence[Path]) -> Path:
     model = Path(checkpoint or "").name or "checkpoint" if run is None else run.resolve().name
     return Path("runs/evaluate") / f"{model}-{'-'.join(path.stem for path in data)}"
-
-
-def _replace_file(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -47,8 +47,8 @@ class Model:
     params: dict[str, Any]
     rest: dict[str, Any]
     tokenizer: Any
-    generation: Mapping[str, Any]
-    """generation_config.json; empty for a model that was trained here."""
+    generation: Mapping[str, Any] | None
+    """A checkpoint's generation_config.json, {} if it has none; None for the model of a run."""
     pretrained: bool
     """Whether it began as a checkpoint, here or before: it then reads prompts as that checkpoint's makers meant it."""
 
@@ -108,7 +108,7 @@ def _of_run(run: Path, phase: str | None, tokenizer: Path | None, dtype: str | N
         reader = _named_tokenizer(tokenizer, definition.cfg.vocab_size)
     weights = restore_weights(run, definition, phase, mesh)
     title = f"{run}: {phase}, step {weights.step}"
-    return Model(title, "", definition, weights.params, weights.rest, reader, {}, bool(config.get("init")))
+    return Model(title, "", definition, weights.params, weights.rest, reader, None, bool(config.get("init")))
 
 
 def _of_checkpoint(checkpoint: str, tokenizer: Path | None, dtype: str | None, mesh: Any) -> Model:
@@ -120,7 +120,9 @@ def _of_checkpoint(checkpoint: str, tokenizer: Path | None, dtype: str | None, m
         reader = _named_tokenizer(tokenizer, loaded.config.vocab_size)
         reader.stop_ids = tuple(dict.fromkeys([*reader.stop_ids, *_stop_ids(loaded.generation)]))
     if reader is None:
-        raise ToolError(f"{checkpoint} has no tokenizer.json: name one, or its folder, with --tokenizer")
+        raise ToolError(
+            f"{checkpoint} has neither tokenizer.json nor tiktoken.model: name one, or its folder, with --tokenizer"
+        )
     version = _version(loaded.folder) if loaded.folder else ""
     return Model(checkpoint, version, loaded.definition, loaded.params, loaded.rest, reader, loaded.generation, True)
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from moe_jax.config import ConfigError, ModelConfig, from_dict
 from moe_jax.data import DataError
-from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.data.tiktoken_files import TIKTOKEN_FILE
+from moe_jax.data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, tokenizer_file
 from moe_jax.interop.pretrained import TOKENIZER_FILES, load_pretrained, read_config
 from moe_jax.model.definition import Arrays, Definition
 from moe_jax.training.run import Run, RunError, load_config
@@ -36,6 +37,8 @@ _TRAINING_FIELDS = {
     "dtype",
     "remat",
     "mtp.loss_coef",
+    "mtp.late_loss_coef",
+    "mtp.late_after_tokens",
     "moe.bias_update_rate",
     "moe.bias_zero_mean",
     "moe.sequence_balance_coef",
@@ -68,7 +71,7 @@ def start_config(init: str, run_dir: Path) -> tuple[ModelConfig, str]:
         copy = Path(init) / TOKENIZER_FOLDER
         return definition.cfg, str(copy) if copy.is_dir() else config.get("tokenizer", "byte")
     folder, config = read_config(init)
-    if not (folder / "tokenizer.json").is_file():
+    if tokenizer_file(folder) is None:
         raise DataError(f"{folder} has no tokenizer.json: put one there, experiments read text")
     return config, str(folder)
 
@@ -134,12 +137,12 @@ def keep_tokenizer(run_dir: Path, name: str) -> Tokenizer:
     if copy.is_dir():
         return load_tokenizer(copy)
     tokenizer = load_tokenizer(name)
-    if name == "byte" or jax.process_index() != 0:
+    if not isinstance(tokenizer, HFTokenizer) or jax.process_index() != 0:
         return tokenizer
-    source = Path(name) if Path(name).is_dir() else Path(name).parent
-    files = {file: source / file for file in (*TOKENIZER_FILES, "generation_config.json")} | {
-        "tokenizer.json": source / "tokenizer.json" if Path(name).is_dir() else Path(name)
-    }
+    source = tokenizer.file.parent
+    files = {file: source / file for file in (*TOKENIZER_FILES, "generation_config.json")}
+    if tokenizer.file.name != TIKTOKEN_FILE:
+        files["tokenizer.json"] = tokenizer.file
     partial = copy.with_name(f".{TOKENIZER_FOLDER}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)

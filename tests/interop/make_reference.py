@@ -34,7 +34,6 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 CHECKPOINTS = pathlib.Path(__file__).with_name("checkpoints")
-FUSED = ("deepseek_v2", "mixtral", "olmoe")
 BATCH, LENGTH, PADDING = 2, 32, 7  # the second row has PADDING columns of padding on its left
 
 SIZES = dict(
@@ -101,13 +100,19 @@ MODELS = {
     ),
     "deepseek_v2_lite": (
         "DeepseekV2",
-        dict(DEEPSEEK, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", rope_parameters=ROPE),
+        dict(
+            DEEPSEEK,
+            q_lora_rank=None,
+            n_shared_experts=2,
+            topk_method="greedy",
+            rope_parameters=dict(YARN, mscale=0.707, mscale_all_dim=0.707),
+        ),
     ),
     "mixtral": (
         "Mixtral",
         dict(intermediate_size=6, num_local_experts=8, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8),
     ),
-    "qwen2": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=YARN)),
     "qwen3": (
         "Qwen3",
         dict(num_key_value_heads=2, head_dim=8, attention_bias=False, rope_parameters=YARN),
@@ -120,6 +125,7 @@ MODELS = {
         "Olmoe",
         dict(intermediate_size=6, num_experts_per_tok=3, num_experts=8, norm_topk_prob=False, num_key_value_heads=2),
     ),
+    "llama": ("Llama", dict()),  # as DeepSeek LLM
     "llama3": (
         "Llama",
         dict(
@@ -350,7 +356,7 @@ def write_checkpoint(name: str, family: str, overrides: dict, seed: int) -> dict
         entries |= {f"mtp_hidden_{k}": hidden for k, hidden in enumerate(run_mtp())}
         tensors = load_file(folder / "model.safetensors") | mtp_tensors(mtp, model)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if name in FUSED:
+    if any(".experts.gate_up_proj" in key for key in model.state_dict()):
         save_file(model.state_dict(), folder / "fused.safetensors", metadata={"format": "pt"})
     if name == "deepseek_moe":
         written = json.loads((folder / "config.json").read_text())

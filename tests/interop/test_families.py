@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 import re
 import sys
+import types
 
 import pytest
 
 from moe_jax import presets
 from moe_jax.config import ConfigError
-from moe_jax.interop.families import canonical, read_model_config, write_config
+from moe_jax.interop.families import canonical, flattened, read_model_config, write_config
 from moe_jax.interop.pretrained import load_pretrained
 
 V3 = dict(
@@ -144,6 +146,26 @@ MOONLIGHT = (
         routed_scaling_factor=2.446,
         vocab_size=163840,
     )
+)
+KIMI_K2 = MOONLIGHT | dict(
+    aux_loss_alpha=0.001,
+    hidden_size=7168,
+    intermediate_size=18432,
+    max_position_embeddings=131072,
+    model_type="kimi_k2",
+    moe_intermediate_size=2048,
+    n_routed_experts=384,
+    n_shared_experts=1,
+    num_attention_heads=64,
+    num_experts_per_tok=8,
+    num_hidden_layers=61,
+    num_key_value_heads=64,
+    q_lora_rank=1536,
+    quantization_config=V3["quantization_config"],
+    rms_norm_eps=1e-6,
+    rope_scaling=V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    routed_scaling_factor=2.827,
+    seq_aux=True,
 )
 MOE_16B = dict(
     architectures=["DeepseekForCausalLM"],
@@ -297,6 +319,7 @@ RELEASED = {
     "deepseek_v2": V2,
     "deepseek_v2_lite": V2_LITE,
     "moonlight_16b_a3b": MOONLIGHT,
+    "kimi_k2": KIMI_K2,
     "deepseek_moe_16b": MOE_16B,
     "deepseek_llm_7b": DEEPSEEK_LLM,
     "r1_distill_qwen_1_5b": R1_DISTILL,
@@ -331,6 +354,12 @@ def test_presets_are_written_and_read(name, tmp_path):
     config, family = write_config(cfg)
     assert canonical(read(tmp_path, config)) == canonical(cfg)
     assert config["model_type"] == family.model_type
+
+
+def test_kimi_k2_is_written_as_deepseek_v3(tmp_path):
+    """transformers has no class of that name."""
+    config, _ = write_config(read(tmp_path, KIMI_K2), "kimi_k2")
+    assert config["model_type"] == "deepseek_v3"
 
 
 def test_both_forms_of_rotary_fields(tmp_path):
@@ -377,7 +406,7 @@ def yarn(**fields):
         (V3, {"attention_bias": True}, "attention_bias = True"),
         (V3, {"index_topk": 2048}, "index_topk = 2048 is not understood"),
         (V3, {"num_key_value_heads": 8}, "num_key_value_heads = 8: only 128"),
-        (V3, {"n_group": "8"}, "MoEConfig.num_groups = '8': must be of type int"),
+        (V3, {"n_group": "8"}, "n_group = '8': must be a whole number"),
         (V3, {"hidden_size": None}, "hidden_size = null"),
         (V3, {"torch_dtype": "int8"}, "torch_dtype = 'int8'"),
         (V3, {"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method = 'awq'"),
@@ -386,14 +415,22 @@ def yarn(**fields):
         (QWEN, yarn(mscale=1.0, mscale_all_dim=1.0), "neither mscale nor mscale_all_dim"),
         (QWEN, yarn(truncate=False), "rope_scaling.truncate = False"),
         (QWEN, yarn(attention_factor=1.5), "rope_scaling.attention_factor = 1.5"),
-        (QWEN, yarn(factor=None), "rope_scaling.factor must be a number"),
+        (QWEN, yarn(factor=None), "rope_scaling.factor = None: must be a number"),
         (QWEN, yarn(partial_rotary_factor=0.5), "rope_scaling.partial_rotary_factor = 0.5"),
         (QWEN, {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type = 'longrope'"),
         (QWEN, {"use_sliding_window": True}, "use_sliding_window = True"),
         (QWEN, {"layer_types": ["sliding_attention"] * 24}, "layer_types"),
         (QWEN, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (QWEN, {"model_type": "gpt2"}, "model_type = 'gpt2' is not one of"),
-        (QWEN, {"num_key_value_heads": 3}, "num_kv_heads = 3"),
+        (QWEN, {"num_key_value_heads": 3}, "num_key_value_heads = 3: must divide"),
+        (QWEN, {"rope_theta": None}, "rope_theta = None: must be a number"),
+        (QWEN, {"rope_theta": -1.0}, "rope_theta = -1.0: must be a number, 0 or greater"),
+        (QWEN, {"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be a JSON object or null"),
+        (QWEN, yarn(factor=0.5), "rope_scaling.factor = 0.5: must exceed 1"),
+        (QWEN, {"rope_parameters": {"rope_theta": 1.0}, **yarn()}, "remove the one that is wrong"),
+        (QWEN, {"model_type": ["qwen2"]}, "model_type = ['qwen2'] is not one of"),
+        (V3, {"quantization_config": ["fp8"]}, "quantization_config = ['fp8']: must be a JSON object"),
+        (V3, {"first_k_dense_replace": 61}, "first_k_dense_replace = 61: must be less than num_hidden_layers = 61"),
     ],
 )
 def test_what_is_not_understood_is_an_error(config, change, message, tmp_path):
@@ -401,6 +438,48 @@ def test_what_is_not_understood_is_an_error(config, change, message, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         read(tmp_path, config | change)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+WRONG = [None, True, "x", "8", -1, -0.5, 0, 1.5, math.inf, math.nan, [], [8], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("config", [V3, V2_LITE, MIXTRAL, OLMOE, LLAMA, QWEN | yarn()], ids=lambda c: c["model_type"])
+def test_no_value_breaks_reading(config, tmp_path):
+    """Whatever stands in a field: it is read, or refused by its name; and so is a field that is not there."""
+
+    def check(changed, name, value):
+        try:
+            cfg = read(tmp_path, changed)
+        except ConfigError as error:
+            assert str(tmp_path / "config.json") in str(error) and name in str(error), (name, value, str(error))
+        else:
+            read_as = [v for v in flattened(cfg).values() if isinstance(v, (int, float))]
+            assert all(v >= 0 and math.isfinite(v) for v in read_as), (name, value)
+
+    for name in config:
+        check({key: value for key, value in config.items() if key != name}, name, "absent")
+        for value in WRONG:
+            check(config | {name: value}, name, value)
+    for name in config.get("rope_scaling") or ():
+        inner = config["rope_scaling"]
+        check(config | {"rope_scaling": {key: v for key, v in inner.items() if key != name}}, name, "absent")
+        for value in WRONG:
+            check(config | {"rope_scaling": inner | {name: value}}, name, value)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "rms_norm_eps", "vocab_size", "rope_theta"])
+@pytest.mark.parametrize("value", [None, "8", -8, 0, [8], {}])
+def test_sizes_that_are_no_sizes(field, value, tmp_path):
+    for config in RELEASED.values():
+        with pytest.raises(ConfigError, match=f"{field} = .*must be"):
+            read(tmp_path, config | {field: value})
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1]", "must hold a JSON object, not list"), ("{", "not valid JSON")])
+def test_files_that_are_no_configs(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config.json.*{message}.*download it again"):
+        read_model_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -436,6 +515,43 @@ def test_a_model_of_no_family_says_what_differs():
 def test_what_is_neither_folder_nor_repository(name):
     with pytest.raises(ConfigError, match="give a folder with config"):
         load_pretrained(name)
+
+
+def hub(monkeypatch, names, downloaded):
+    files = [types.SimpleNamespace(rfilename=name) for name in names]
+    api = types.SimpleNamespace(model_info=lambda name, timeout: types.SimpleNamespace(siblings=files))
+
+    def download(name, allow_patterns, etag_timeout):
+        downloaded.extend(allow_patterns)
+        raise OSError("stop here")
+
+    module = types.SimpleNamespace(HfApi=lambda: api, snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_a_repository_of_pickles_is_not_downloaded(monkeypatch):
+    downloaded = []
+    hub(monkeypatch, ["config.json", "pytorch_model-00001-of-00002.bin", "onnx/model.safetensors"], downloaded)
+    with pytest.raises(
+        ConfigError, match=r"old/model has PyTorch pickles.*from_pretrained\('old/model'\)\.save_pretrained"
+    ):
+        load_pretrained("old/model")
+    hub(monkeypatch, ["README.md"], downloaded)
+    with pytest.raises(ConfigError, match="old/model has no safetensors files"):
+        load_pretrained("old/model")
+    assert not downloaded
+
+
+def test_of_a_repository_only_what_is_read_is_downloaded(monkeypatch):
+    kept = ["model-00001-of-00001.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"]
+    kept += ["tiktoken.model", "tokenizer.model", "merges.txt", "chat_template.jinja", "generation_config.json"]
+    left = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "README.md"]
+    left += ["tokenization_kimi.py", "model.gguf", "pytorch_model.bin", "LICENSE.txt"]
+    downloaded = []
+    hub(monkeypatch, kept + left, downloaded)
+    with pytest.raises(ConfigError, match="stop here"):
+        load_pretrained("new/model")
+    assert sorted(downloaded) == sorted(kept)
 
 
 def test_a_repository_without_the_hub_says_how_to_give_a_path(monkeypatch):

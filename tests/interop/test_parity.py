@@ -1,33 +1,39 @@
 """Checkpoints of Hugging Face transformers 5.23.0 loaded here give the logits that it gave, and go back unchanged.
 
-`checkpoints/` holds them (see `make_reference.py`), so that no PyTorch is needed; the last test is live, and is skipped
-where transformers is not installed. Half of the positions lie past the original context of YaRN and Llama 3 scaling,
-and one row is padded on the left.
+`checkpoints/` holds them (see `make_reference.py`), so that no PyTorch is needed; tests with `transformers` in their
+names are live, and are skipped where it is not installed. Half of the positions lie past the original context of YaRN
+and Llama 3 scaling, and one row is padded on the left.
 
 B batch, S sequence, V vocabulary.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
 import pathlib
 import shutil
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, RoPEConfig
+from moe_jax.data import DataError
+from moe_jax.data.tokenizer import HFTokenizer
 from moe_jax.interop.fp8 import QUANTIZATION_CONFIG, is_quantized_in_deepseek_v3
 from moe_jax.interop.placement import placed
-from moe_jax.interop.pretrained import load_pretrained, save_pretrained
+from moe_jax.interop.pretrained import Pretrained, load_pretrained, save_pretrained
 from moe_jax.interop.tensor_names import FUSED_EXPERTS, entries
 from moe_jax.interop.weight_files import CheckpointFilesError, WeightFiles, write_folder
+from moe_jax.model.definition import Definition
 from moe_jax.model.transformer import make_cache
 from moe_jax.sharding import make_mesh
 
 CHECKPOINTS = pathlib.Path(__file__).with_name("checkpoints")
+TIKTOKEN = pathlib.Path(__file__).parents[1] / "data" / "tiktoken"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
 FUSED = [name for name in NAMES if (CHECKPOINTS / name / "fused.safetensors").exists()]
 TOLERANCE = 2e-5
@@ -53,19 +59,21 @@ def tensors(folder):
     return {name: files.read(name) for name in files.names}
 
 
-SLOW = {"deepseek_v2_lite", "qwen3_moe"}  # made of parts that the others cover
+def families(*quick):
+    """All of them; those that are made of parts of the quick ones are slow tests."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in NAMES]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES])
+@pytest.mark.parametrize("name", families(*{*NAMES} - {"deepseek_v2_lite", "qwen3_moe", "llama"}))
 def test_logits(name):
     stored, valid_BS = reference(name), reference(name)["valid_BS"]
     logits_BSV = np.asarray(load(name)(stored["tokens_BS"], valid_BS.astype(np.int32)).logits)
     assert_close(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS])
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
+@pytest.mark.parametrize("name", families("deepseek_v3", "qwen3"))
 def test_cached_decoding(name):
-    """Prefill, then a token at a time, gives the logits of the whole sequence."""
+    """Prefill, then a token at a time, gives the logits of the whole sequence; past the original context, too."""
     stored, valid_BS = reference(name), reference(name)["valid_BS"]
     model = load(name)
     B, S = valid_BS.shape
@@ -126,8 +134,63 @@ def test_fused_experts_load(name, tmp_path):
     """One tensor for all experts of a layer, as transformers' modules hold them, gives the same arrays."""
     shutil.copy(CHECKPOINTS / name / "config.json", tmp_path)
     shutil.copy(CHECKPOINTS / name / "fused.safetensors", tmp_path / "model.safetensors")
+    # What transformers holds, and so this file, is without prediction modules.
+    with pytest.warns(UserWarning) if name == "deepseek_v3" else nullcontext():
+        model = load_pretrained(tmp_path)
+    whole = load(name)
+    arrays, expected = {**model.params, **model.rest}, {**whole.params, **whole.rest}
+    assert arrays.keys() == {key for key in expected if not key.startswith("mtp.")}
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[key], err_msg=key)
+
+
+def test_every_sparse_family_has_both_layouts():
+    sparse = {name for name in NAMES if load(name).config.moe.num_experts}
+    assert sparse - set(FUSED) == {"deepseek_moe"}  # which has no class in transformers
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
+    """Its code is DeepSeek-V3's, and nobody else knows its name: it is exported under the other."""
+    folder = CHECKPOINTS / "deepseek_v3_no_groups"
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    shutil.copytree(TIKTOKEN, tmp_path, dirs_exist_ok=True)
     model = load_pretrained(tmp_path)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), load(name).params, model.params))
+    assert model.config == load("deepseek_v3_no_groups").config
+    assert model.tokenizer is not None and model.tokenizer.has_chat_template
+    save_pretrained(model, tmp_path / "export")
+    exported = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert exported["model_type"] == "deepseek_v3" and "auto_map" not in exported
+
+
+def test_an_export_of_a_tiktoken_model_has_a_tokenizer_json(tmp_path):
+    tokenizer = HFTokenizer(TIKTOKEN)
+    save_pretrained(dataclasses.replace(load("deepseek_v3_no_groups"), tokenizer=tokenizer), tmp_path / "export")
+    (tmp_path / "export" / "tiktoken.model").unlink()
+    again = load_pretrained(tmp_path / "export").tokenizer
+    assert isinstance(again, HFTokenizer) and again.file.name == "tokenizer.json"
+    assert (again.bos_id, again.eos_id, again.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    message = [{"role": "user", "content": "专家 12345 aaaa"}]
+    assert again.apply_chat_template(message) == tokenizer.apply_chat_template(message)
+    assert again.encode(again.apply_chat_template(message)) == tokenizer.encode(again.apply_chat_template(message))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("generation_config.json", "{", CheckpointFilesError),
+        ("generation_config.json", "[]", CheckpointFilesError),
+        ("tokenizer.json", "{}", DataError),
+    ],
+)
+def test_damaged_files_beside_the_weights(file, content, error, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(CHECKPOINTS / "qwen2" / name, tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(error, match=file):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["separate", "fused"])
@@ -240,6 +303,50 @@ def test_transformers_loads_the_export(name, tmp_path):
         tokens_BS, mask_BS, positions_BS = inputs
         logits_BSV = model(tokens_BS.long(), attention_mask=mask_BS, position_ids=positions_BS).logits.numpy()
     np.testing.assert_allclose(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_transformers_loads_fp8(tmp_path):
+    """It dequantises (on CPUs it has no FP8 products) to our weights, bit for bit, and gives our logits.
+
+    Sides are up to 128 or multiples of it: transformers 5.23 takes the rows of a weight over those of its scales for
+    the size of a block, which is wrong where the last block is cut off (and not whole for DeepSeek-V3's own
+    kv_a_proj_with_mqa, 576 rows in 5 blocks, which it refuses).
+    """
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    rope = RoPEConfig(layout="interleaved")
+    attention = AttentionConfig(num_heads=4, kv_lora_rank=96, qk_nope_head_dim=64, qk_rope_head_dim=32, rope=rope)
+    attention = dataclasses.replace(attention, q_lora_rank=128, v_head_dim=64)
+    moe = MoEConfig(num_experts=4, num_shared_experts=1, expert_size=128)
+    cfg = ModelConfig(num_layers=2, hidden_size=256, intermediate_size=384, attention=attention, moe=moe)
+    definition = Definition.of(cfg)
+    params, rest = definition.init(jax.random.key(0))
+    save_pretrained(Pretrained(definition, params, rest), tmp_path / "fp8", fp8=True)
+    ours = load_pretrained(tmp_path / "fp8")
+    tokens_BS = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 16))
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", "output_loading_info": True}
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", **options)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        logits_BSV = theirs(torch.tensor(tokens_BS)).logits.numpy()
+    assert_close(np.asarray(ours(tokens_BS).logits), logits_BSV)
+    held = theirs.state_dict()
+    for name, tensor in tensors(tmp_path / "fp8").items():
+        if ".mlp.experts." not in name:  # which it holds fused; the logits depend on them
+            np.testing.assert_array_equal(held[name].numpy(), tensor, err_msg=name)
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_tokenizer_of_a_tiktoken_export(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = HFTokenizer(TIKTOKEN)
+    save_pretrained(dataclasses.replace(load("deepseek_v3_no_groups"), tokenizer=tokenizer), tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for entry in json.loads((TIKTOKEN / "reference.json").read_text()):
+        assert theirs.encode(entry["text"], add_special_tokens=False) == entry["ids"]
+    message = [{"role": "user", "content": "hi"}]
+    assert theirs.apply_chat_template(message, tokenize=False) == tokenizer.apply_chat_template(message)
 
 
 def test_a_changed_byte_in_the_weights_is_noticed(tmp_path):

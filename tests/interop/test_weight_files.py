@@ -216,6 +216,11 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"w": ENTRY | {"data_offsets": [4, 12]}}, "begins at 4 instead of 0"),
         ({"w": ENTRY, "v": ENTRY}, "begins at 0 instead of 8"),
         ({"w": {"dtype": "F32"}}, "malformed"),
+        ({"w": ENTRY | {"shape": [-2, -1]}}, "malformed"),
+        ({"w": ENTRY | {"shape": "x"}}, "malformed"),
+        ({"w": ENTRY | {"shape": None}}, "malformed"),
+        ({"w": ENTRY | {"data_offsets": ["a", 8]}}, "malformed"),
+        ({"w": 3}, "malformed"),
         ({"w": ENTRY | {"data_offsets": [0, 4, 8]}}, "malformed"),
         (b'{"w":%s,"w":%s}' % ((json.dumps(ENTRY).encode(),) * 2), "'w' twice"),
         ({}, "longer than its header says"),
@@ -331,10 +336,31 @@ def tensors():
 write_folder({str(tmp_path / "m")!r}, tensors(), {{}}, max_shard_bytes=4000)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == ["m.partial"]
+    (left,) = (path.name for path in tmp_path.iterdir())
+    assert left.startswith("m.") and left.endswith(".partial")
     write_folder(tmp_path / "m", [("a", np.ones(3, np.float32))], {})
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert WeightFiles(tmp_path / "m").names == ("a",)
+
+
+def test_exports_to_one_folder_do_not_disturb_each_other(tmp_path):
+    """The second begins and ends while the first is at work; the first then says so and leaves nothing."""
+
+    def tensors():
+        yield "a", np.ones(1000, np.float32)
+        write_folder(tmp_path / "m", [("a", np.zeros(3, np.float32))], {})
+        yield "b", np.ones(1000, np.float32)
+
+    with pytest.raises(CheckpointFilesError, match="another export to this folder was complete first"):
+        write_folder(tmp_path / "m", tensors(), {}, max_shard_bytes=4000)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    np.testing.assert_array_equal(WeightFiles(tmp_path / "m").read("a"), np.zeros(3))
+
+
+def test_an_export_is_readable_like_any_other_folder(tmp_path):
+    write_folder(tmp_path / "m", TENSORS.items(), {})
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_full_disk(tmp_path, monkeypatch):
