@@ -122,10 +122,15 @@ def _longer(cfg: Config, prompt: int, completion: int, row: int, rows: int) -> C
     )
 
 
+_SHORT = replace(CONFIG, data=replace(CONFIG.data, min_terms=3, max_terms=4))
 CONFIGS = {
     "arithmetic": CONFIG,
+    "words": _longer(_SHORT, prompt=128, completion=64, row=256, rows=16),
+    "countdown": _longer(_SHORT, prompt=40, completion=80, row=128, rows=32),
     "gsm8k": _longer(CONFIG, prompt=512, completion=256, row=768, rows=8),
+    "math": _longer(CONFIG, prompt=512, completion=512, row=1024, rows=6),
     "reasoning_gym": _longer(CONFIG, prompt=384, completion=64, row=512, rows=8),
+    "code": _longer(CONFIG, prompt=160, completion=192, row=384, rows=10),
 }
 """Defaults by `--data.source`."""
 

@@ -1,22 +1,24 @@
 """Problems with answers that a rule can check, and the supervised text that a base model learns from.
 
-Three sources behind one interface: generated arithmetic, the files of GSM8K (arXiv:2110.14168), and any task of the
-package reasoning-gym. Everything drawn depends on nothing but (seed, purpose, step, count), so that a resumed run sees
-the problems of an uninterrupted one, and nothing drawn is ever one of the held-out problems.
+Sources behind one interface: generated arithmetic, as sums and as stories, and the files of GSM8K (arXiv:2110.14168)
+and MATH (arXiv:2103.03874) here; countdown, any task of the package reasoning-gym, and code beside it. Everything drawn
+depends on nothing but (seed, purpose, step, count, level), so that a resumed run sees the problems of an uninterrupted
+one, and nothing drawn is ever one of the held-out problems.
 
 Shapes: P problems, N terms of the longest problem.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
+import random
 import re
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +38,7 @@ class Problem:
     worked: str | None = None
     """The working without mistakes, as it stands between the think tags; None where the source has none."""
     entry: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
-    """reasoning_gym: what the task's checker needs."""
+    """What a checker needs beside the answer: reasoning_gym's entry; of code the function's name and tests."""
     chat: bool = False
     """Whether the prompt was written by a chat template, which begins it as the model expects: no <bos> is added."""
 
@@ -51,33 +53,93 @@ class Document:
     """Whether the completion shows the working (with or without mistakes)."""
 
 
-class ProblemSource(Protocol):
+class Levels(NamedTuple):
+    """A curriculum: how many levels of difficulty, and what raises the level."""
+
+    count: int = 1
+    threshold: float = 1.0
+    window: int = 1
+
+    def after(self, accuracies: Iterable[float]) -> int:
+        """The level, from 0, after steps of these mean accuracies.
+
+        It rises by one, to the last at most, when the mean of the last `window` steps, all at the same level, is
+        `threshold` or more.
+        """
+        level, recent = 0, []
+        for accuracy in accuracies:
+            recent = [*recent, accuracy][-self.window :]
+            if len(recent) == self.window and sum(recent) >= self.threshold * self.window:
+                level, recent = min(level + 1, self.count - 1), []
+        return level
+
+
+class ProblemSource(ABC):
     test: list[Problem]
     """The held-out problems: fixed for a seed, all different, in nothing that `sample` or `documents` return."""
-    works_in_equations: bool
+    works_in_equations: bool = False
     """Whether the working consists of steps such as 7+1=8, so that a text without one is no working."""
+    levels: Levels = Levels()
 
-    def sample(self, step: int, count: int, purpose: str) -> list[Problem]:
-        """`count` problems for a step of a phase; the same arguments give the same problems, always."""
-        ...
+    @abstractmethod
+    def sample(self, step: int, count: int, purpose: str, level: int = 0) -> list[Problem]:
+        """`count` problems for a step of a phase; the same arguments give the same problems, always.
 
+        `level` counts where the source has levels.
+        """
+
+    @abstractmethod
     def documents(self, step: int, count: int, purpose: str) -> list[Document]:
         """`count` documents, exactly round(worked_fraction · count) of them worked if the source has working."""
-        ...
 
+    @abstractmethod
     def is_correct(self, problem: Problem, answer: str) -> bool:
         """Whether an answer is right; there is no partial credit."""
-        ...
+
+    def credits(self, answers: Sequence[tuple[Problem, str]]) -> list[float]:
+        """What answers are worth, from 0 to 1, which is a right one's and no other's.
+
+        Between the two is what some sources have for an answer that is partly right. Taken together, since a source may
+        judge several at a time.
+        """
+        return [float(self.is_correct(problem, answer)) for problem, answer in answers]
 
 
 def load_problems(cfg: ProblemConfig, seed: int) -> ProblemSource:
     """The source that `cfg.source` names.
 
     Raises:
-        DataError: a file that is missing or malformed (file and line are named), a package or task that is missing.
+        DataError: a file that is missing or malformed (file and line are named), a package or task that is missing, a
+            machine on which code cannot be confined.
     """
-    sources = {"arithmetic": ArithmeticSource, "gsm8k": GSM8KSource, "reasoning_gym": ReasoningGymSource}
+    from moe_jax.data.code_problems import CodeFileSource, GeneratedCodeSource
+    from moe_jax.data.countdown import CountdownSource
+    from moe_jax.data.reasoning_gym import ReasoningGymSource
+
+    sources = {
+        "arithmetic": ArithmeticSource,
+        "words": StorySource,
+        "gsm8k": GSM8KSource,
+        "math": MathSource,
+        "countdown": CountdownSource,
+        "reasoning_gym": ReasoningGymSource,
+        "code": CodeFileSource if cfg.path else GeneratedCodeSource,
+    }
     return sources[cfg.source](cfg, seed)
+
+
+def hold_out(wanted: int, draw: Callable[[int, int], list[Problem]]) -> list[Problem]:
+    """`wanted` different problems of `draw(count, attempt)`; if there are few, half of those seen, so that some are
+    left to train on."""
+    seen: dict[str, Problem] = {}
+    attempt = 0
+    while len(seen) < wanted:
+        missing = wanted - len(seen)
+        seen |= {problem.key: problem for problem in draw(missing, attempt)}
+        if len(seen) < wanted - missing // 2:  # mostly repetitions
+            wanted = len(seen) // 2
+        attempt += 1
+    return list(seen.values())[:wanted]
 
 
 def tagged_completion(think: str | None, answer: str) -> str:
@@ -108,7 +170,7 @@ def same_answer(answer: str, reference: str) -> bool:
     return answer.strip() == reference.strip() if number is None else parse_number(answer) == number
 
 
-def _document_kinds(cfg: ProblemConfig, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def document_kinds(cfg: ProblemConfig, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Which of `count` documents show the working, and which leave the think tags out: exact shares, random places."""
     num_worked = round(cfg.worked_fraction * count)
     num_bare = round(cfg.bare_fraction * (count - num_worked))
@@ -116,7 +178,7 @@ def _document_kinds(cfg: ProblemConfig, count: int, rng: np.random.Generator) ->
     return place < num_worked, (place >= num_worked) & (place < num_worked + num_bare)
 
 
-class ArithmeticSource:
+class ArithmeticSource(ProblemSource):
     """Sums (and differences) of small numbers, such as `7+1+5+9?`; every number of terms is equally frequent.
 
     A worked document is a chain of partial sums, `7+1=8+5=13+9=22`, in which each step is wrong by ±1 to ±9 with
@@ -142,14 +204,14 @@ class ArithmeticSource:
         self._held_out = set(test)
         self.test = [list(test.values())[i] for i in rng.permutation(len(test))]
 
-    def sample(self, step: int, count: int, purpose: str) -> list[Problem]:
+    def sample(self, step: int, count: int, purpose: str, level: int = 0) -> list[Problem]:
         rng = random_generator(self._seed, purpose, step)
         return self._problems(self._sample_terms(count, rng))
 
     def documents(self, step: int, count: int, purpose: str) -> list[Document]:
         cfg, rng = self._cfg, random_generator(self._seed, purpose, step)
         terms_PN = self._sample_terms(count, rng)
-        worked_P, bare_P = _document_kinds(cfg, count, rng)
+        worked_P, bare_P = document_kinds(cfg, count, rng)
         used_PN = terms_PN != 0
         wrong_PN = used_PN & (rng.random(terms_PN.shape) < cfg.step_error_rate)
         wrong_PN[:, 0] = False
@@ -164,11 +226,14 @@ class ArithmeticSource:
                 completion = tagged_completion(_write_chain(terms, chain), str(chain[-1]))
             else:
                 completion = tagged_completion(None if bare_P[row] else "", str(guesses_P[row]))
-            documents.append(Document(_write_prompt(terms), completion, bool(worked_P[row])))
+            documents.append(Document(self._write_prompt(terms), completion, bool(worked_P[row])))
         return documents
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         return same_answer(answer, problem.answer)
+
+    def _write_prompt(self, terms: list[int]) -> str:
+        return "".join([f"{term:+d}" for term in terms])[1:] + "?"
 
     def _held_out_by_length(self) -> dict[int, int]:
         left, counts = self._cfg.test_problems, {}
@@ -182,7 +247,7 @@ class ArithmeticSource:
         lengths_P = rng.integers(self._cfg.min_terms, self._cfg.max_terms + 1, count)
         terms_PN = self._draw_terms(lengths_P, rng)
         while True:
-            prompts = [_write_prompt(terms) for terms in _term_lists(terms_PN)]
+            prompts = [self._write_prompt(terms) for terms in _term_lists(terms_PN)]
             again = [row for row, prompt in enumerate(prompts) if prompt in self._held_out]
             if not again:
                 return terms_PN
@@ -200,7 +265,7 @@ class ArithmeticSource:
         chains_PN = np.cumsum(terms_PN, axis=1).tolist()
         problems = []
         for terms, chain in zip(_term_lists(terms_PN), chains_PN, strict=True):
-            prompt = _write_prompt(terms)
+            prompt = self._write_prompt(terms)
             problems.append(Problem(prompt, str(chain[-1]), prompt, _write_chain(terms, chain[: len(terms)])))
         return problems
 
@@ -209,38 +274,56 @@ def _term_lists(terms_PN: np.ndarray) -> list[list[int]]:
     return [[term for term in row if term] for row in terms_PN.tolist()]
 
 
-def _write_prompt(terms: list[int]) -> str:
-    return "".join([f"{term:+d}" for term in terms])[1:] + "?"
-
-
 def _write_chain(terms: list[int], chain: list[int]) -> str:
     steps = [f"{term:+d}={value}" for term, value in zip(terms[1:], chain[1:], strict=True)]
     return str(terms[0]) + "".join(steps)
 
 
-class GSM8KSource:
-    """Grade-school word problems, from `train.jsonl` and `test.jsonl` of the original release (arXiv:2110.14168).
+class StorySource(ArithmeticSource):
+    """The same sums told as a story: `Ada has 7 pears. She finds 5. She loses 3. How many pears now?`
 
-    A record has the fields `question` and `answer`, whose last line is `#### N`; the calculator annotations
-    (`<<48/2=24>>`) are taken out of the working. All of `test.jsonl` is held out, and so is a training problem whose
-    question, spaces and capitals aside, stands there too. Training goes through the problems in a new order each epoch.
-
-    A worked document is the reference solution as it is, without deliberate mistakes. A guess is off by
-    round(N(0, guess_std · √lines of the solution)).
+    The amount never falls below zero. Whose story it is and how each step is told depend on the terms alone, so that
+    the same sum is always the same story, held out as a whole.
     """
 
-    works_in_equations = False
+    def _draw_terms(self, lengths_P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        terms_PN = super()._draw_terms(lengths_P, rng)
+        for place in range(1, terms_PN.shape[1]):
+            below_P = terms_PN[:, : place + 1].sum(axis=1) < 0
+            terms_PN[below_P, place] *= -1
+        return terms_PN
 
-    def __init__(self, cfg: ProblemConfig, seed: int):
+    def _write_prompt(self, terms: list[int]) -> str:
+        wording = random.Random(repr(terms))
+        name, pronoun = wording.choice(_PEOPLE)
+        thing = wording.choice(_THINGS)
+        steps = [f"{pronoun} {wording.choice(_GAINS if term > 0 else _LOSSES)} {abs(term)}." for term in terms[1:]]
+        return " ".join([f"{name} has {terms[0]} {thing}.", *steps, f"How many {thing} now?"])
+
+
+_PEOPLE = (("Ada", "She"), ("Ben", "He"), ("Eva", "She"), ("Max", "He"), ("Mia", "She"), ("Tom", "He"))
+_THINGS = ("apples", "books", "coins", "pears", "shells", "stamps")
+_GAINS = ("buys", "finds", "gets", "wins")
+_LOSSES = ("drops", "gives away", "loses", "sells")
+
+
+class FileSource(ProblemSource):
+    """Problems from `train.jsonl` and `test.jsonl` in the folder `cfg.path`.
+
+    All of `test.jsonl` is held out, and so is a training problem whose question, spaces and capitals aside, stands
+    there too. Training goes through the problems in a new order each epoch.
+    """
+
+    def __init__(self, cfg: ProblemConfig, seed: int, read: Callable[[Path], list[Problem]]):
         self._cfg, self._seed = cfg, seed
         train_path, test_path = Path(cfg.path) / "train.jsonl", Path(cfg.path) / "test.jsonl"
-        self.test = list({problem.key: problem for problem in _read_gsm8k(test_path)}.values())
+        self.test = list({problem.key: problem for problem in read(test_path)}.values())
         held_out = {problem.key for problem in self.test}
-        self._train = [problem for problem in _read_gsm8k(train_path) if problem.key not in held_out]
+        self._train = [problem for problem in read(train_path) if problem.key not in held_out]
         if not self._train:
             raise DataError(f"{train_path}: all of its problems are in {test_path} too: none is left to train on")
 
-    def sample(self, step: int, count: int, purpose: str) -> list[Problem]:
+    def sample(self, step: int, count: int, purpose: str, level: int = 0) -> list[Problem]:
         size, orders = len(self._train), {}
         problems = []
         for position in range(step * count, (step + 1) * count):
@@ -251,27 +334,63 @@ class GSM8KSource:
         return problems
 
     def documents(self, step: int, count: int, purpose: str) -> list[Document]:
+        """Worked documents are the reference solutions as they are, without deliberate mistakes."""
         rng = random_generator(self._seed, purpose, step)
-        worked_P, bare_P = _document_kinds(self._cfg, count, rng)
+        worked_P, bare_P = document_kinds(self._cfg, count, rng)
         noise_P = rng.normal(0, 1, count) * self._cfg.guess_std
         documents = []
         for row, problem in enumerate(self.sample(step, count, purpose)):
-            working = problem.worked or ""
             if worked_P[row]:
-                completion = tagged_completion(working, problem.answer)
+                completion = tagged_completion(problem.worked or "", problem.answer)
             else:
-                error = round(noise_P[row] * (working.count("\n") + 1) ** 0.5)
-                completion = tagged_completion(None if bare_P[row] else "", str(Decimal(problem.answer) + error))
+                completion = tagged_completion(None if bare_P[row] else "", self._guess(problem, noise_P[row]))
             documents.append(Document(problem.prompt, completion, bool(worked_P[row])))
         return documents
+
+    def _guess(self, problem: Problem, noise: float) -> str:
+        """Another problem's answer; `noise`, normal of the standard deviation `guess_std`, says which."""
+        return self._train[round(noise * 1e6) % len(self._train)].answer
+
+
+class GSM8KSource(FileSource):
+    """Grade-school word problems, as in the original release (arXiv:2110.14168).
+
+    A record has the fields `question` and `answer`, whose last line is `#### N`; the calculator annotations
+    (`<<48/2=24>>`) are taken out of the working. A guess is off by round(N(0, guess_std · √lines of the solution)).
+    """
+
+    def __init__(self, cfg: ProblemConfig, seed: int):
+        super().__init__(cfg, seed, _read_gsm8k)
 
     def is_correct(self, problem: Problem, answer: str) -> bool:
         return same_answer(answer, problem.answer)
 
+    def _guess(self, problem: Problem, noise: float) -> str:
+        lines = (problem.worked or "").count("\n") + 1
+        return str(Decimal(problem.answer) + round(noise * lines**0.5))
+
+
+class MathSource(FileSource):
+    """Competition mathematics in the format of MATH (see `read_problems`); math-verify judges what is no plain number.
+
+    An answer may stand in `\\boxed{}`. A guess is the answer of another problem.
+    """
+
+    def __init__(self, cfg: ProblemConfig, seed: int):
+        from moe_jax.data.answers import Judge
+
+        super().__init__(cfg, seed, read_problems)
+        self._judge = Judge(problem.answer for problem in [*self.test, *self._train])
+
+    def is_correct(self, problem: Problem, answer: str) -> bool:
+        from moe_jax.data.answers import final_answer
+
+        return self._judge(final_answer(tagged_completion(None, answer).removesuffix("<eos>")), problem.answer)
+
 
 def _read_gsm8k(path: Path) -> list[Problem]:
     remedy = "ProblemConfig.path must name the folder with train.jsonl and test.jsonl of GSM8K's original release"
-    return _read_jsonl(path, _gsm8k_problem, remedy)
+    return read_jsonl(path, _gsm8k_problem, remedy)
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -285,10 +404,10 @@ def read_problems(path: Path) -> list[Problem]:
         DataError: a file that cannot be read, a record of neither format (file and line are named), no record at all.
     """
     remedy = "give a .jsonl file of problems, or a .json file with one"
-    return _read_jsonl(path, _any_problem, remedy, whole=path.suffix == ".json")
+    return read_jsonl(path, _any_problem, remedy, whole=path.suffix == ".json")
 
 
-def _read_jsonl(
+def read_jsonl(
     path: Path, parse: Callable[[dict[str, Any]], Problem], remedy: str, *, whole: bool = False
 ) -> list[Problem]:
     """A problem for each line that is not blank, or one for the `whole` file."""
@@ -319,7 +438,7 @@ def _record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _text(record: Mapping[str, Any], name: str) -> str:
+def text_field(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(record.get(name), str):
         found = f"{type(record[name]).__name__}, not text" if name in record else "missing"
         raise ValueError(f"field {name!r} is {found}")
@@ -335,7 +454,7 @@ def _any_problem(record: dict[str, Any]) -> Problem:
 
 
 def _gsm8k_problem(record: dict[str, Any]) -> Problem:
-    question, solution = _text(record, "question").strip(), _text(record, "answer")
+    question, solution = text_field(record, "question").strip(), text_field(record, "answer")
     working, mark, final = solution.rpartition("####")
     if not mark:
         raise ValueError("field 'answer' does not end in '#### N'")
@@ -345,23 +464,23 @@ def _gsm8k_problem(record: dict[str, Any]) -> Problem:
     if not question:
         raise ValueError("field 'question' is empty")
     working = re.sub(r"<<[^<>]*>>", "", working).strip()
-    return Problem(question, f"{answer:f}", _key(question), working)
+    return Problem(question, f"{answer:f}", question_key(question), working)
 
 
 def _math_problem(record: dict[str, Any]) -> Problem:
-    problem, answer = _text(record, "problem").strip(), record.get("answer")
+    problem, answer = text_field(record, "problem").strip(), record.get("answer")
     if not problem:
         raise ValueError("field 'problem' is empty")
-    solution = None if answer is not None and "solution" not in record else _text(record, "solution")
+    solution = None if answer is not None and "solution" not in record else text_field(record, "solution")
     if answer is None:
         answers = boxed(solution or "")
         if not answers:
             raise ValueError("field 'solution' has no \\boxed{} answer")
         answer = answers[-1]
-    return Problem(problem, str(answer), _key(problem), solution)
+    return Problem(problem, str(answer), question_key(problem), solution)
 
 
-def _key(question: str) -> str:
+def question_key(question: str) -> str:
     return " ".join(question.lower().split())
 
 
@@ -382,91 +501,3 @@ def boxed(text: str) -> list[str]:
                 found.append(rest[1:place])
                 break
     return found
-
-
-class ReasoningGymSource:
-    """Any task of the package reasoning-gym (arXiv:2505.24760), scored by the task's own checker.
-
-    Only a full score counts: many checkers give partial credit for wrong answers, which a policy learns to collect.
-    The tasks come without working, so every document is a guess-style one with the reference answer (an empty answer
-    for the few tasks that have a checker but no reference): a base model learns the format from them, no strategy.
-
-    The held-out problems are excluded by their question. Of a task with few different questions, at most half of those
-    that were seen are held out, so that some are left to train on.
-    """
-
-    works_in_equations = False
-
-    def __init__(self, cfg: ProblemConfig, seed: int):
-        self._cfg, self._seed = cfg, seed
-        self._create_dataset = _reasoning_gym_factory(cfg.task)
-        self._checker = self._create_dataset(size=1, seed=0)
-        seen: dict[str, Problem] = {}
-        wanted, step = cfg.test_problems, 0
-        while len(seen) < wanted:
-            missing = wanted - len(seen)
-            seen |= {problem.key: problem for problem in self._generate(missing, "held-out problems", step)}
-            if len(seen) < wanted - missing // 2:  # mostly repetitions: the task has few different questions
-                wanted = len(seen) // 2
-            step += 1
-        if not wanted:
-            raise DataError(f"ProblemConfig.task = {cfg.task!r}: has one question only, so none can be held out")
-        self.test = list(seen.values())[:wanted]
-        self._held_out = {problem.key for problem in self.test}
-
-    def sample(self, step: int, count: int, purpose: str) -> list[Problem]:
-        problems: list[Problem] = []
-        for attempt in range(100):
-            fresh = self._generate(count - len(problems), purpose, step, attempt)
-            problems += [problem for problem in fresh if problem.key not in self._held_out]
-            if len(problems) == count:
-                return problems
-        raise DataError(
-            f"reasoning_gym task {self._cfg.task!r} gave fewer than {count} problems that are not held out; lower"
-            f" ProblemConfig.test_problems = {self._cfg.test_problems}"
-        )
-
-    def documents(self, step: int, count: int, purpose: str) -> list[Document]:
-        rng = random_generator(self._seed, f"{purpose} documents", step)
-        num_bare = round(self._cfg.bare_fraction * count)
-        bare_P = rng.permutation(count) < num_bare
-        return [
-            Document(problem.prompt, tagged_completion(None if bare else "", problem.answer), worked=False)
-            for problem, bare in zip(self.sample(step, count, purpose), bare_P, strict=True)
-        ]
-
-    def is_correct(self, problem: Problem, answer: str) -> bool:
-        try:
-            score = self._checker.score_answer(answer, problem.entry)
-        except Exception:  # several checkers raise whatever comes when the answer is malformed
-            return False
-        return score >= 1 - 1e-9
-
-    def _generate(self, count: int, purpose: str, *indices: int) -> list[Problem]:
-        rng = random_generator(self._seed, purpose, *indices)
-        dataset = self._create_dataset(size=count, seed=int(rng.integers(2**31)))
-        problems = []
-        for index in range(count):
-            entry = dataset[index]
-            answer = "" if entry["answer"] is None else str(entry["answer"])
-            problems.append(Problem(entry["question"], answer, key=entry["question"], entry=entry))
-        return problems
-
-
-def _reasoning_gym_factory(task: str) -> Any:
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            "ProblemConfig.source = 'reasoning_gym' needs the package reasoning-gym: pip install reasoning-gym"
-        ) from error
-    if task not in DATASETS:
-        near = difflib.get_close_matches(task, list(DATASETS), n=3, cutoff=0)
-        raise DataError(
-            f"ProblemConfig.task = {task!r}: reasoning-gym has no such task; the nearest are {', '.join(near)}"
-        )
-
-    def create(size: int, seed: int) -> Any:
-        return create_dataset(task, size=size, seed=seed)
-
-    return create

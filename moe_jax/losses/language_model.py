@@ -59,7 +59,7 @@ def cross_entropy(hidden_BSD: Array, head_DV: Array, targets_BS: Array, weights_
     return SumCount(jnp.sum(weights_BS * nll_BS), jnp.sum(weights_BS))
 
 
-def mtp_loss(depths: Sequence[SumCount], loss_coef: float) -> Array:
+def mtp_loss(depths: Sequence[SumCount], loss_coef: float | Array) -> Array:
     """λ/D · Σ_k L_k (V3 eq. 25): the mean over the D modules of their mean cross-entropies, times λ.
 
     The paper divides each L_k by the sequence length; here it is a mean over the targets that exist, which padding and

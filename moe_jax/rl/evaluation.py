@@ -18,7 +18,7 @@ from moe_jax.data.problems import Problem, ProblemSource
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.model.definition import Arrays
 from moe_jax.rl.grpo import Generator, decode_completions, encode_prompts
-from moe_jax.rl.rewards import parse_completion, reward_parts, worked
+from moe_jax.rl.rewards import format_reward, judge, worked
 
 
 def evaluate(
@@ -52,16 +52,18 @@ def evaluate(
         samples = jax.device_get(sample(params, rest, tokens_PS, mask_PS, jax.random.fold_in(key, start)))
         texts = decode_completions(samples, tokenizer)
         lengths = np.sum(samples.mask_BN, axis=1)
+        judged = judge([problem for problem in chunk for _ in range(cfg.samples)], texts, samples.finished_B, source)
+        majorities = [
+            majority_answer([one.answer for one in judged[first : first + cfg.samples]])
+            for first in range(0, len(judged), cfg.samples)
+        ]
+        agreed = [(problem, answer) for problem, answer in zip(chunk, majorities, strict=True) if answer is not None]
+        right = iter(source.credits(agreed))
+        consensus += [float(answer is not None and next(right) == 1) for answer in majorities]
         for i, problem in enumerate(chunk):
             rows = range(i * cfg.samples, (i + 1) * cfg.samples)
-            parts = [
-                reward_parts(problem, texts[row], bool(samples.finished_B[row]), source.is_correct) for row in rows
-            ]
-            accuracy.append([part["accuracy"] for part in parts])
-            answers = [parse_completion(texts[row]).answer if samples.finished_B[row] else None for row in rows]
-            majority = majority_answer(answers)
-            consensus.append(float(majority is not None and source.is_correct(problem, majority)))
-            details["format"] += [part["format"] for part in parts]
+            accuracy.append([float(judged[row].credit == 1) for row in rows])
+            details["format"] += [format_reward(texts[row], bool(samples.finished_B[row])) for row in rows]
             details["worked"] += [float(worked(texts[row], source.works_in_equations)) for row in rows]
             details["length"] += [float(lengths[row]) for row in rows]
             if len(examples) < 8:

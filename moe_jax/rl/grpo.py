@@ -1,4 +1,4 @@
-"""GRPO on a `Transformer`: problem → prompts → samples → rewards → advantages → updates.
+"""Policy gradients on a `Transformer`: problem → prompts → samples → rewards → advantages → updates.
 
 P prompts, G samples per prompt, B rows (P·G), S tokens of prompt and completion, N tokens of a completion.
 """
@@ -19,14 +19,18 @@ from moe_jax.data.problem_text import encode_problem
 from moe_jax.data.problems import Problem
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.losses import masked_sum
+from moe_jax.losses.advantages import group_advantages, soft_overlong_punishment
 from moe_jax.losses.balance import RouterLoad, router_load
-from moe_jax.losses.policy import group_advantages, policy_loss
+from moe_jax.losses.critic import value_loss
+from moe_jax.losses.policy import policy_loss
 from moe_jax.model.definition import Arrays, Definition
-from moe_jax.ops.token_logprobs import token_logprobs
-from moe_jax.rl.environments import Environment
+from moe_jax.model.transformer import Transformer
+from moe_jax.ops.token_logprobs import TokenLogprobs, token_logprobs
+from moe_jax.rl.environments import Completion, Environment, Parts
 from moe_jax.rng import random_generator
-from moe_jax.sampling.sampler import Samples, generate, pad_prompts
-from moe_jax.sharding import batch_shards, replicate
+from moe_jax.sampling.sampler import Samples, generate, pad_prompts, speculation_metrics
+from moe_jax.sampling.speculative import check_can_draft
+from moe_jax.sharding import replicate, token_shards
 from moe_jax.training.distributed import gather
 from moe_jax.training.state import Batch, Loss, LossOutput
 
@@ -46,54 +50,81 @@ def totals(params: Arrays, rest: Arrays, batch: Batch, accumulation_steps: int) 
     )
 
 
-def completion_logprobs(
-    definition: Definition, params: Arrays, rest: Arrays, batch: Batch, pad_id: int, with_entropy: bool = False
-) -> tuple[Any, dict[str, RouterLoad]]:
-    """Log-probabilities (and entropies) of the completions' tokens, [B, N], and the routers' load."""
+class CompletionStates(NamedTuple):
+    """What a model makes of the places that the completions' tokens were drawn at."""
+
+    model: Transformer
+    hidden_BND: Array
+    routers: dict[str, RouterLoad]
+
+
+def completion_states(definition: Definition, params: Arrays, rest: Arrays, batch: Batch) -> CompletionStates:
+    """The hidden states before each completion token, and the routers' load."""
     model = definition.merge(params, rest)
     output = model(batch["tokens_BS"], segment_ids_BS=batch["segment_ids_BS"])
     N = batch["mask_BN"].shape[1]
-    result = token_logprobs(
-        output.hidden_BSD[:, -N - 1 : -1],
-        model.head(),
-        jnp.where(batch["drawn_BN"], batch["tokens_BS"][:, -N:], (pad_id + 1) % definition.cfg.vocab_size),
+    routers = {} if output.router is None else {"moe_blocks": router_load(output.router)}
+    return CompletionStates(model, output.hidden_BSD[:, -N - 1 : -1], routers)
+
+
+def completion_logprobs(
+    states: CompletionStates, batch: Batch, pad_id: int, with_entropy: bool = False
+) -> TokenLogprobs:
+    """Log-probabilities (and entropies) of the completions' tokens, [B, N]."""
+    N = batch["mask_BN"].shape[1]
+    return token_logprobs(
+        states.hidden_BND,
+        states.model.head(),
+        jnp.where(batch["drawn_BN"], batch["tokens_BS"][:, -N:], (pad_id + 1) % states.model.cfg.vocab_size),
         banned_ids=(pad_id,),
-        shards=batch_shards(len(batch["tokens_BS"])),
+        shards=token_shards(batch["mask_BN"].shape),
         with_entropy=with_entropy,
     )
-    return result, {} if output.router is None else {"moe_blocks": router_load(output.router)}
 
 
 def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
     """The policy objective of `cfg.loss` on batches made by `Rollout.batch`.
 
     RL trains the policy alone: no balance loss, no multi-token prediction; router biases stay as pre-training left
-    them, so that the sampler's and the trainer's routing agree.
+    them, so that the sampler's and the trainer's routing agree. A definition with a value head adds its loss: PPO on a
+    shared trunk.
     """
 
     def loss(params: Arrays, rest: Arrays, batch: Batch, totals: Totals) -> LossOutput:
-        result, routers = completion_logprobs(definition, params, rest, batch, pad_id, with_entropy=True)
+        states = completion_states(definition, params, rest, batch)
+        result = completion_logprobs(states, batch, pad_id, with_entropy=True)
+        assert result.entropy is not None
         mask_BN = batch["mask_BN"]
+        sampler_logprobs_BN = batch.get("sampler_logprobs_BN", batch["old_logprobs_BN"])
         policy = policy_loss(
             result.logprobs,
             batch["old_logprobs_BN"],
-            batch["advantages_B"],
+            batch["advantages_BN"] if "advantages_BN" in batch else batch["advantages_B"],
             mask_BN,
             cfg.loss,
             batch.get("ref_logprobs_BN"),
+            sampler_logprobs_BS=batch.get("sampler_logprobs_BN"),
+            max_length=cfg.sampling.max_new_tokens,
         )
         count = totals.tokens if cfg.loss.aggregation == "token-mean" else totals.sequences
-        difference_BN = jnp.abs(result.logprobs - batch["old_logprobs_BN"])
+        difference_BN = jnp.abs(result.logprobs - sampler_logprobs_BN)
         metrics = policy.metrics | {
             "entropy": masked_sum(result.entropy, mask_BN),
             "sampling/sampling_logp_difference/mean": masked_sum(difference_BN, mask_BN),
             "sampling/importance_sampling_ratio/mean": masked_sum(
-                jnp.exp(jnp.where(mask_BN, result.logprobs - batch["old_logprobs_BN"], 0.0)), mask_BN
+                jnp.exp(jnp.where(mask_BN, result.logprobs - sampler_logprobs_BN, 0.0)), mask_BN
             ),
         }
         largest = jnp.max(jnp.where(mask_BN, difference_BN, 0.0))
         maxima = {"sampling/sampling_logp_difference/max": jax.lax.stop_gradient(largest)}
-        return LossOutput(policy.loss.sum / count, metrics, routers, maxima)
+        total = policy.loss.sum / count
+        if definition.value_head:
+            values_BN = states.model.values(states.hidden_BND)
+            old_BN, returns_BN = batch["values_BN"], batch["returns_BN"]
+            value = value_loss(values_BN, old_BN, returns_BN, mask_BN, cfg.critic.cliprange_value)
+            total += cfg.critic.value_loss_coef * value.loss.sum / totals.tokens
+            metrics |= value.metrics
+        return LossOutput(total, metrics, states.routers, maxima)
 
     return loss
 
@@ -106,15 +137,19 @@ class Rollout(NamedTuple):
     prompts_BS: np.ndarray
     prompt_mask_BS: np.ndarray
     samples: Samples
-    parts: list[dict[str, float]]
+    parts: list[Parts]
     """Per sample: reward, accuracy, format, worked."""
     advantages_B: np.ndarray
     metrics: dict[str, float]
+    counted_B: np.ndarray | None = None
+    """bool, which rows the loss counts; None: all."""
 
     def batch(self, mask_truncated: bool) -> dict[str, np.ndarray]:
         """The arrays that `make_loss` reads."""
         drawn_BN = np.asarray(self.samples.mask_BN)
         counted_BN = drawn_BN & np.asarray(self.samples.finished_B)[:, None] if mask_truncated else drawn_BN
+        if self.counted_B is not None:
+            counted_BN = counted_BN & self.counted_B[:, None]
         return {
             "tokens_BS": np.concatenate([self.prompts_BS, self.samples.tokens_BN], axis=1),
             "segment_ids_BS": np.concatenate([self.prompt_mask_BS, drawn_BN], axis=1).astype(np.int32),
@@ -150,6 +185,7 @@ def make_generator(
     definition: Definition, sampling: SamplingConfig, tokenizer: Tokenizer, group_size: int
 ) -> Generator:
     """The jitted sampler of this model; every process gets all samples."""
+    check_can_draft(definition.cfg, sampling)
 
     @jax.jit
     def run(params: Arrays, rest: Arrays, tokens_PS: Array, mask_PS: Array, key: Array) -> Samples:
@@ -182,6 +218,16 @@ def decode_completions(samples: Samples, tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
+def sample_advantages(rewards_B: np.ndarray, cfg: RLConfig) -> tuple[np.ndarray, dict[str, float]]:
+    """Each sample's advantage (with a critic, which has one for each token, its reward) and the rewards' metrics."""
+    scale, baseline = cfg.loss.scale_rewards, cfg.loss.baseline
+    if baseline == "critic":
+        scale = baseline = "none"
+    rewards_PG = jnp.asarray(rewards_B.reshape(-1, cfg.group_size))
+    advantages_PG, _, metrics = jax.device_get(group_advantages(rewards_PG, scale, baseline))
+    return advantages_PG.reshape(-1), {name: float(value) for name, value in metrics.items()}
+
+
 def rollout(
     environment: Environment,
     sample: Generator,
@@ -204,24 +250,33 @@ def rollout(
 
     completions = decode_completions(samples, tokenizer)
     group = cfg.group_size
-    parts = [
-        environment.score(
-            problems[i // group],
-            completion,
-            bool(samples.finished_B[i]),
-            random_generator(seed, "reward", step, i),
-        )
-        for i, completion in enumerate(completions)
-    ]
-    parts = gather(parts)[0]  # a judge that limits its time may say another thing in another process
-    rewards_PG = np.array([part["reward"] for part in parts], np.float32).reshape(-1, group)
-    advantages = jax.device_get(group_advantages(jnp.asarray(rewards_PG), cfg.loss.scale_rewards))
-
     lengths_B = np.sum(samples.mask_BN, axis=1)
-    metrics = {name: float(value) for name, value in advantages.metrics.items()}
+    parts = environment.score(
+        [
+            Completion(
+                problems[i // group],
+                completion,
+                bool(samples.finished_B[i]),
+                int(lengths_B[i]),
+                cfg.sampling.max_new_tokens,
+                random_generator(seed, "reward", step, i),
+            )
+            for i, completion in enumerate(completions)
+        ]
+    )
+    if cfg.overlong_buffer:
+        room = cfg.sampling.max_new_tokens
+        punishments_B = cfg.overlong_penalty * soft_overlong_punishment(lengths_B, room, cfg.overlong_buffer)
+        parts = [
+            {**part, "reward": part["reward"] + float(punishment), "overlong": float(punishment)}
+            for part, punishment in zip(parts, punishments_B, strict=True)
+        ]
+    parts = gather(parts)[0]  # a judge that limits its time may say another thing in another process
+    advantages_B, metrics = sample_advantages(np.array([part["reward"] for part in parts], np.float32), cfg)
+
     for name in parts[0]:
         if name != "reward":
-            values = [part[name] for part in parts]
+            values = [value for part in parts if (value := part[name]) is not None] or [np.nan]
             metrics[f"rewards/{name}/mean"] = float(np.mean(values))
             metrics[f"rewards/{name}/std"] = float(np.std(values))
     metrics |= {
@@ -230,6 +285,7 @@ def rollout(
         "completions/max_length": float(np.max(lengths_B)),
         "completions/clipped_ratio": float(np.mean(~samples.finished_B)),
         "num_tokens": float(np.sum(lengths_B)),
+        **speculation_metrics(samples),
         "time/generate": generated - started,
         "time/score": time.perf_counter() - generated,
     }
@@ -240,7 +296,7 @@ def rollout(
         np.repeat(mask_PS, group, axis=0),
         samples,
         parts,
-        advantages.advantages_PG.reshape(-1),
+        advantages_B,
         metrics,
     )
 

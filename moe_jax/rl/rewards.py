@@ -1,4 +1,5 @@
-"""Rewards from rules: a completion's format and the exactness of its answer (DeepSeek-R1, arXiv:2501.12948, §2.2.2).
+"""Rewards from rules (DeepSeek-R1, arXiv:2501.12948, §2.2.2 and §2.3.2): a completion's format, the exactness of its
+answer, the language of its thinking, its length and its repetitions.
 
 Pure functions of strings. A completion is the decoded text of what the model wrote, special tokens visible. One <eos>
 at its very end is dropped here, so callers may leave it or take it off.
@@ -7,11 +8,11 @@ at its very end is dropped here, so callers may leave it or take it off.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moe_jax.config import RewardConfig
-from moe_jax.data.problems import Problem, same_answer
+from moe_jax.data.problems import Problem, ProblemSource
 
 _TAG = re.compile(r"(</?think>|</?answer>)")
 _THINK_PAIR, _ANSWER_PAIR = ["<think>", "</think>"], ["<answer>", "</answer>"]
@@ -55,40 +56,100 @@ def format_reward(text: str, finished: bool) -> float:
     return float(finished and parse_completion(text).well_formed)
 
 
-def accuracy_reward(
-    answer: str | None, problem: Problem, is_correct: Callable[[Problem, str], bool] | None = None
-) -> float:
-    """1 for a right answer, else 0: never partial credit.
+class Judged(NamedTuple):
+    answer: str | None
+    """None where there is none, or where the completion did not stop by itself: it has not had its last word."""
+    credit: float
+    """What the answer is worth, from 0 to 1; 1 is right."""
 
-    Without `is_correct`, numbers are compared exactly, whatever way they are written (`data.problems.same_answer`).
+
+def judge(
+    problems: Sequence[Problem], texts: Sequence[str], finished: Sequence[bool], source: ProblemSource
+) -> list[Judged]:
+    """The answers of completions, and what they are worth; all at once, as `ProblemSource.credits` is.
+
+    Texts beyond the problems are left out.
     """
-    if answer is None:
-        return 0.0
-    return float(is_correct(problem, answer) if is_correct else same_answer(answer, problem.answer))
+    answers = [
+        parse_completion(text).answer if stopped else None
+        for _, text, stopped in zip(problems, texts, finished, strict=False)
+    ]
+    given = [(problem, answer) for problem, answer in zip(problems, answers, strict=True) if answer is not None]
+    credit = iter(source.credits(given))
+    return [Judged(answer, 0.0 if answer is None else next(credit)) for answer in answers]
 
 
-def reward_parts(
-    problem: Problem,
-    completion: str,
-    finished: bool,
-    is_correct: Callable[[Problem, str], bool] | None = None,
-) -> dict[str, float]:
-    """The parts that a reward is made of: `accuracy` and `format`, each 0 or 1.
+def language_reward(text: str, language: str) -> float | None:
+    """The share of the words in the thinking that are in the language (DeepSeek-R1 §2.3.2), by their script alone.
 
-    A completion that did not stop by itself (`finished` False: it ran out of tokens) scores 0 in both: it has not had
-    its last word.
+    A word is a run of letters, of Chinese and Japanese each character; commands of LaTeX (`\\frac`) are none. It
+    belongs to a language if all its letters do. None if there is no word: nothing is said of a chain of numbers.
     """
-    answer = parse_completion(completion).answer if finished else None
-    return {
-        "accuracy": accuracy_reward(answer, problem, is_correct),
-        "format": format_reward(completion, finished),
-    }
+    words = _WORD.findall(_COMMAND.sub(" ", parse_completion(text).think or ""))
+    if not words:
+        return None
+    return sum(bool(_SCRIPTS[language].fullmatch(word)) for word in words) / len(words)
 
 
-def total_reward(parts: Mapping[str, float], cfg: RewardConfig) -> float:
-    """accuracy · (format if `accuracy_needs_format`) + format_weight · format."""
-    counted = parts["format"] if cfg.accuracy_needs_format else 1.0
-    return parts["accuracy"] * counted + cfg.format_weight * parts["format"]
+_HAN, _KANA = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "\u3040-\u30ff"
+_MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u097f\u0e00-\u0e7f"
+_WORD = re.compile(rf"[{_HAN}{_KANA}]|(?:(?![{_HAN}{_KANA}])(?:[^\W\d_]|[{_MARKS}]))+")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_SCRIPTS = {
+    name: re.compile(f"[{letters}]+")
+    for name, letters in {
+        "latin": "A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff\u0300-\u036f",
+        "zh": _HAN,
+        "ja": _HAN + _KANA,
+        "ko": "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af",
+        "ru": "\u0400-\u052f\u0300-\u036f",
+        "ar": "\u0600-\u06ff\u0750-\u077f",
+        "el": "\u0370-\u03ff\u1f00-\u1fff\u0300-\u036f",
+        "he": "\u0591-\u05f4",
+        "hi": "\u0900-\u097f",
+        "th": "\u0e00-\u0e7f",
+    }.items()
+}
+
+
+def repetition_penalty(text: str, ngram: int) -> float | None:
+    """Minus the share of the n-grams of words that stood in the text before, from 0 to almost -1.
+
+    Words are what stands between white space, in lower case. None for fewer than n words.
+    """
+    words = text.lower().split()
+    ngrams = [tuple(words[place : place + ngram]) for place in range(len(words) - ngram + 1)]
+    return len(set(ngrams)) / len(ngrams) - 1 if ngrams else None
+
+
+def extra_parts(text: str, tokens: int, room: int, cfg: RewardConfig) -> dict[str, float | None]:
+    """The parts that have a weight: `language`, `length` (the share of the room that the tokens take), `repetition`."""
+    parts: dict[str, float | None] = {}
+    if cfg.language_weight:
+        parts["language"] = language_reward(text, cfg.language)
+    if cfg.length_weight:
+        parts["length"] = tokens / room
+    if cfg.repetition_weight:
+        parts["repetition"] = repetition_penalty(text, cfg.repetition_ngram)
+    return parts
+
+
+def total_reward(parts: Mapping[str, float | None], cfg: RewardConfig) -> float:
+    """accuracy · (format if `accuracy_needs_format`) + format_weight · format + the other parts that have a weight.
+
+    With `partial_credit`, `credit` takes the place of accuracy. A part that is None is left out.
+    """
+    answer, form = parts["credit" if cfg.partial_credit else "accuracy"], parts["format"] or 0.0
+    total = (answer or 0.0) * (form if cfg.accuracy_needs_format else 1.0) + cfg.format_weight * form
+    for name, weight in (
+        ("language", cfg.language_weight),
+        ("length", cfg.length_weight),
+        ("repetition", cfg.repetition_weight),
+    ):
+        value = parts.get(name)
+        if weight and value is not None:
+            total += weight * value
+    return total
 
 
 def worked(completion: str, in_equations: bool = True) -> bool:

@@ -17,9 +17,22 @@ from jax import Array
 
 from moe_jax.config import CheckpointConfig, RLConfig
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.losses.policy import kl_estimate
 from moe_jax.model.definition import Arrays, Definition
+from moe_jax.rl.dynamic_sampling import filled_rollout
 from moe_jax.rl.environments import Environment
-from moe_jax.rl.grpo import completion_logprobs, make_generator, make_loss, minibatches, rollout, totals
+from moe_jax.rl.grpo import (
+    Rollout,
+    completion_logprobs,
+    completion_states,
+    make_generator,
+    make_loss,
+    minibatches,
+    rollout,
+    sample_advantages,
+    totals,
+)
+from moe_jax.rl.ppo import SeparateCritic, add_token_advantages, make_values, with_value_head
 from moe_jax.rng import random_key
 from moe_jax.sharding import put_batch, replicate
 from moe_jax.training.experiment import Session
@@ -29,7 +42,7 @@ from moe_jax.training.state import Batch, TrainState, make_update, start_state
 
 
 class PolicyState(NamedTuple):
-    """What a policy phase saves: a `TrainState`, under the same names, and the reference policy."""
+    """What a policy phase saves: a `TrainState`, under the same names, the reference policy and the critic."""
 
     step: Array
     params: Arrays
@@ -37,6 +50,8 @@ class PolicyState(NamedTuple):
     opt_state: optax.OptState
     reference: Arrays
     """Parameters of the reference policy; empty when beta is 0."""
+    critic: TrainState | tuple[()] = ()
+    """PPO's critic, if it is a model of its own."""
 
     @property
     def train(self) -> TrainState:
@@ -47,18 +62,32 @@ class PolicyTrainer:
     """The compiled parts of policy training, shared by phases that differ in start or environment only."""
 
     def __init__(self, definition: Definition, cfg: RLConfig, tokenizer: Tokenizer, prompt_length: int):
+        critic = cfg.critic.kind if cfg.loss.baseline == "critic" else None
+        if critic == "shared":
+            definition = Definition.of(definition.cfg, value_head=True)
         self.definition, self.cfg, self.tokenizer, self.prompt_length = definition, cfg, tokenizer, prompt_length
         updates = cfg.steps * cfg.num_iterations * cfg.num_minibatches
         self.optimizer = make_optimizer(cfg.optimizer, updates, definition)
         loss = make_loss(definition, cfg, tokenizer.pad_id)
         self.update = make_update(loss, totals, self.optimizer, accumulation_steps=cfg.accumulation_steps)
         self.sample = make_generator(definition, cfg.sampling, tokenizer, cfg.group_size)
+        self.critic = SeparateCritic(definition.cfg, cfg) if critic == "separate" else None
+        self.values = make_values(self.critic.definition if self.critic else definition) if critic else None
 
         @jax.jit
-        def reference_logprobs(params: Arrays, rest: Arrays, batch: Batch) -> Array:
-            return replicate(completion_logprobs(definition, params, rest, batch, tokenizer.pad_id)[0].logprobs)
+        def logprobs(params: Arrays, rest: Arrays, batch: Batch) -> Array:
+            states = completion_states(definition, params, rest, batch)
+            return replicate(completion_logprobs(states, batch, tokenizer.pad_id).logprobs)
 
-        self.reference_logprobs = reference_logprobs
+        self.logprobs = logprobs
+
+    def start(self, params: Arrays, rest: Arrays, mesh: Any) -> PolicyState:
+        """The state before the first step: a copy of a model, which is the reference too, and the critic."""
+        if self.definition.value_head:
+            params = with_value_head(self.definition, params)
+        train = start_state(self.definition, self.optimizer, params, rest, mesh)
+        reference = jax.tree.map(jnp.copy, train.params) if self.cfg.loss.beta else {}
+        return PolicyState(*train, reference, self.critic.start(params, rest, mesh) if self.critic else ())
 
     def train(
         self,
@@ -73,14 +102,18 @@ class PolicyTrainer:
     ) -> TrainState:
         """Trains a copy of `params` for `cfg.steps` steps; every sample goes to `rollouts/<phase>/<step>.jsonl`."""
         cfg = self.cfg
-        train = start_state(self.definition, self.optimizer, params, rest, session.mesh)
-        reference = jax.tree.map(jnp.copy, train.params) if cfg.loss.beta else {}
+        observed: set[int] = set()
 
         def body(state: PolicyState, step: int) -> tuple[PolicyState, dict[str, Any]]:
+            if step and not observed:  # a resumed run: metrics.jsonl has the steps before this one, and no others
+                for row in session.run.metrics(phase):
+                    environment.observe(row["step"] - 1, row["rewards/accuracy/mean"])
+            observed.add(step)
             state, metrics, rows = self.step(
                 environment, state, phase, step, seed, session.mesh, between=session.guard.check
             )
             session.run.write_rows(f"rollouts/{phase}/{step + 1:06d}.jsonl", rows)
+            environment.observe(step, metrics["rewards/accuracy/mean"])
             return state, metrics
 
         state = run_phase(
@@ -88,7 +121,7 @@ class PolicyTrainer:
             session.guard,
             phase,
             cfg.steps,
-            PolicyState(*train, reference),
+            self.start(params, rest, session.mesh),
             body,
             checkpoint=checkpoint,
             show=("reward", "rewards/accuracy/mean"),
@@ -109,41 +142,92 @@ class PolicyTrainer:
 
         `between` is called before the first update, which donates the state.
         """
-        cfg, train, reference = self.cfg, state.train, state.reference
+        cfg, train, reference, critic = self.cfg, state.train, state.reference, state.critic
         if reference and cfg.reference_refresh_steps and step and step % cfg.reference_refresh_steps == 0:
             reference = jax.tree.map(jnp.copy, train.params)
-        samples = rollout(
-            environment,
-            self.sample,
-            train.params,
-            train.rest,
-            self.tokenizer,
-            cfg,
-            prompt_length=self.prompt_length,
-            step=step,
-            seed=seed,
-            key=random_key(seed, f"rollout/{phase}", step),
-        )
+
+        def sample_batch(number: int) -> Rollout:
+            return rollout(
+                environment,
+                self.sample,
+                train.params,
+                train.rest,
+                self.tokenizer,
+                cfg,
+                prompt_length=self.prompt_length,
+                step=number,
+                seed=seed,
+                key=random_key(seed, f"rollout/{phase}", number),
+            )
+
+        samples = filled_rollout(sample_batch, cfg, step) if cfg.filter_groups else sample_batch(step)
         between()
         started = time.perf_counter()
         metrics = dict(samples.metrics)
-        active = 1 - metrics["frac_reward_zero_std"]
-        metrics["update_skipped"] = float(active < cfg.min_active_groups)
+        metrics["update_skipped"] = float(_active(samples, cfg) < cfg.min_active_groups)
         if not metrics["update_skipped"]:
-            batch = samples.batch(cfg.mask_truncated_completions)
-            if cfg.loss.beta:
-                logprobs = self.reference_logprobs(reference, train.rest, put_batch(batch, mesh))
-                batch["ref_logprobs_BN"] = np.asarray(logprobs)
+            batch, samples, found = self._complete(samples, state._replace(reference=reference), mesh)
+            metrics |= found
             parts = []
             for minibatch in minibatches(batch, cfg, seed, step):
-                train, part = self.update(train, put_batch(minibatch, mesh))
+                placed = put_batch(minibatch, mesh)
+                train, part = self.update(train, placed)
+                if self.critic and critic:
+                    critic, learned = self.critic.update(critic, placed)
+                    part |= {name: value for name, value in learned.items() if name.startswith("critic/")}
+                    part["critic/grad_norm"] = learned["grad_norm"]
                 parts.append(part)
             metrics |= _mean_over_updates(jax.device_get(parts))
         metrics["time/update"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["num_tokens"] / sum(
             metrics[f"time/{part}"] for part in ("generate", "score", "update")
         )
-        return PolicyState(*train, reference), metrics, samples.rows(step + 1)
+        return PolicyState(*train, reference, critic), metrics, samples.rows(step + 1)
+
+    def _complete(
+        self, samples: Rollout, state: PolicyState, mesh: Any
+    ) -> tuple[dict[str, np.ndarray], Rollout, dict[str, float]]:
+        """A step's batch with what the objective needs of the models as they are before the updates.
+
+        That is the reference's log-probabilities, the trainer's own beside the sampler's, the critic's values, and the
+        advantages where these depend on them. Returns the rollout with such advantages, and the metrics found.
+        """
+        cfg, loss = self.cfg, self.cfg.loss
+        batch = samples.batch(cfg.mask_truncated_completions)
+        placed = put_batch(batch, mesh)
+        metrics: dict[str, float] = {}
+        penalties_BN: np.ndarray | float = 0.0
+        if loss.beta:
+            ref_logprobs_BN = np.asarray(self.logprobs(state.reference, state.rest, placed))
+            if loss.kl_in == "loss":
+                batch["ref_logprobs_BN"] = ref_logprobs_BN
+            else:
+                logprobs_BN = jnp.asarray(batch["old_logprobs_BN"])
+                kl_BN = kl_estimate(logprobs_BN, jnp.asarray(ref_logprobs_BN), loss.kl_estimator)
+                kl_BN = np.where(batch["mask_BN"], kl_BN, 0)
+                penalties_BN = loss.beta * kl_BN
+                metrics["kl"] = float(np.sum(kl_BN) / max(np.sum(batch["mask_BN"]), 1))
+        if loss.sampler_correction != "none":
+            batch["sampler_logprobs_BN"] = batch["old_logprobs_BN"]
+            batch["old_logprobs_BN"] = np.asarray(self.logprobs(state.params, state.rest, placed))
+        rewards_B = np.array([part["reward"] for part in samples.parts], np.float32)
+        if self.values:
+            model = state.critic or state
+            values_BN = np.asarray(self.values(model.params, model.rest, placed))
+            metrics |= add_token_advantages(batch, rewards_B, penalties_BN, values_BN, cfg)
+            means_B = np.sum(batch["advantages_BN"], axis=1) / np.maximum(np.sum(batch["mask_BN"], axis=1), 1)
+            samples = samples._replace(advantages_B=means_B)
+        elif isinstance(penalties_BN, np.ndarray):
+            batch["advantages_B"] = sample_advantages(rewards_B - np.sum(penalties_BN, axis=1), cfg)[0]
+            samples = samples._replace(advantages_B=batch["advantages_B"])
+        return batch, samples, metrics
+
+
+def _active(samples: Rollout, cfg: RLConfig) -> float:
+    """The share of groups that teach something: those whose samples differ, if the baseline is the group's."""
+    if samples.counted_B is not None:
+        return float(np.mean(samples.counted_B))
+    return 1 - samples.metrics["frac_reward_zero_std"] if cfg.loss.baseline in ("group", "leave_one_out") else 1.0
 
 
 def _mean_over_updates(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import ConfigError, ProblemConfig
 from moe_jax.data import DataError
-from moe_jax.data.problems import load_problems, parse_number, read_problems, same_answer
+from moe_jax.data.problems import Levels, load_problems, parse_number, read_problems, same_answer
 from moe_jax.rng import random_generator
 
 SMALL = ProblemConfig(min_terms=2, max_terms=4, test_problems=300)
@@ -332,3 +332,93 @@ def test_a_record_of_neither_format_is_named(tmp_path, line, message):
         read_problems(file)
     with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read.*give a \.jsonl file"):
         read_problems(tmp_path / "absent.jsonl")
+
+
+def test_stories_tell_the_sums():
+    cfg = ProblemConfig(source="words", min_terms=2, max_terms=4, operations="+-", test_problems=100)
+    source = load_problems(cfg, seed=0)
+    problems = source.test + source.sample(0, 200, "rl")
+    for problem in problems:
+        match = re.fullmatch(r"(\w+) has (\d+) (\w+)\.((?: S?[Hh]e [a-z ]+ \d+\.)+) How many \3 now\?", problem.prompt)
+        assert match
+        amount = int(match[2])
+        for verb, number in re.findall(r"[Hh]e ([a-z ]+) (\d+)\.", match[4]):
+            amount += int(number) * (-1 if verb in ("drops", "gives away", "loses", "sells") else 1)
+            assert amount >= 0
+        assert problem.answer == str(amount) and source.is_correct(problem, str(amount))
+        assert problem.worked and problem.worked.endswith(f"={amount}")
+    prompts = [problem.prompt for problem in problems]
+    assert any("sells" in prompt for prompt in prompts) and any("wins" in prompt for prompt in prompts)
+    held_out = {problem.key for problem in source.test}
+    assert len(held_out) == 100 and not held_out & {problem.key for problem in source.sample(1, 500, "rl")}
+    assert source.sample(0, 9, "rl") == load_problems(cfg, seed=0).sample(0, 9, "rl")
+    assert source.documents(0, 50, "base")[0].prompt.endswith(" now?")
+
+
+def test_math_answers_are_judged_as_mathematics(tmp_path):
+    pytest.importorskip("math_verify")
+    for name, answers in (("train", ["\\frac{1}{2}", "12"]), ("test", ["x+1"])):
+        records = [{"problem": f"{name} {a}?", "solution": f"So $\\boxed{{{a}}}$."} for a in answers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = load_problems(ProblemConfig(source="math", path=str(tmp_path)), seed=0)
+    problems = {problem.answer: problem for problem in source.sample(0, 2, "rl")}
+    half = problems["\\frac{1}{2}"]
+    for answer in ("\\boxed{0.5}", "0.5", "$\\dfrac{1}{2}$", "Thus \\boxed{\\frac12}"):
+        assert source.is_correct(half, answer), answer
+    for answer in ("2", "", "\\boxed{0.5} or \\boxed{2}", "no"):
+        assert not source.is_correct(half, answer), answer
+    assert source.is_correct(source.test[0], "1 + x")
+    documents = source.documents(0, 10, "base")
+    assert sum("boxed" in document.completion for document in documents) == sum(d.worked for d in documents) == 4
+
+
+def test_levels_rise_when_a_window_of_steps_is_good():
+    levels = Levels(count=3, threshold=0.5, window=2)
+    assert levels.after([]) == levels.after([1.0]) == levels.after([0.4, 0.5]) == 0
+    assert levels.after([0.4, 0.6]) == levels.after([0.0, 0.5, 0.5]) == 1
+    assert levels.after([1.0, 1.0, 0.0, 1.0]) == 2  # the window begins anew with each level
+    assert levels.after([1.0, 1.0, 1.0]) == 1
+    assert levels.after([1.0] * 20) == 2
+    assert Levels().after([1.0] * 20) == 0
+
+
+@needs_reasoning_gym
+def test_reasoning_gym_curriculum():
+    cfg = ProblemConfig(source="reasoning_gym", task="chain_sum", test_problems=33, curriculum_threshold=0.7)
+    source = load_problems(cfg, seed=0)
+    assert source.levels == Levels(count=11, threshold=0.7, window=5)
+
+    def longest(level: int) -> int:
+        return max(len(re.findall(r"\d+", problem.prompt)) for problem in source.sample(0, 50, "rl", level))
+
+    assert longest(0) < longest(4) < longest(10)
+    assert source.sample(0, 9, "rl", 4) == load_problems(cfg, seed=0).sample(0, 9, "rl", 4)
+    assert source.sample(0, 9, "rl", 4) != source.sample(1, 9, "rl", 4)
+    terms = [len(re.findall(r"\d+", problem.prompt)) for problem in source.test]
+    assert len(terms) == 33 and min(terms) == 2 and max(terms) > 8  # of all levels
+    held_out = {problem.key for problem in source.test}
+    assert not held_out & {problem.key for problem in source.sample(0, 200, "rl", 0)}
+    assert len(source.documents(0, 20, "base")) == 20
+    assert all(source.is_correct(problem, problem.answer) for problem in source.test)
+
+
+@needs_reasoning_gym
+def test_reasoning_gym_logic_and_partial_credit():
+    source = load_problems(ProblemConfig(source="reasoning_gym", task="knights_knaves", test_problems=5), seed=0)
+    problem = source.test[0]
+    assert source.credits([(problem, problem.answer), (problem, "nobody")]) == [1.0, pytest.approx(0, abs=0.1)]
+    chain = load_problems(ProblemConfig(source="reasoning_gym", task="chain_sum", test_problems=5), seed=0)
+    verbose = f"the answer is {chain.test[0].answer}"
+    assert 0 < chain.credits([(chain.test[0], verbose)])[0] < 1 and not chain.is_correct(chain.test[0], verbose)
+
+
+def test_settings_of_other_sources_are_refused():
+    for source, fields in (
+        ("countdown", {"path": "x"}),
+        ("words", {"task": "x"}),
+        ("code", {"curriculum_threshold": 0.5}),
+    ):
+        with pytest.raises(ConfigError, match=rf"ProblemConfig\.{next(iter(fields))} = "):
+            ProblemConfig(source=source, **fields)
+    with pytest.raises(ConfigError, match=r"ProblemConfig\.path = ''"):
+        ProblemConfig(source="math")

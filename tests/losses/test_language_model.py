@@ -146,7 +146,7 @@ def test_eight_devices_give_the_numbers_of_one():
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     data = batch()
     spread = [jax.device_put(x, s) for x, s in zip(data, (rows, rows, rows, rows, everywhere), strict=True)]
-    loss = gradient(chunk_size=4, shards=8)
+    loss = gradient(chunk_size=4, shards=(8, 1))
     for one, many in zip(jax.tree.leaves(loss(*data)), jax.tree.leaves(loss(*spread)), strict=True):
         np.testing.assert_allclose(one, many, rtol=1e-6, atol=1e-5)
 

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.config import PolicyLossConfig
-from moe_jax.losses.policy import group_advantages, k3, policy_loss
+from moe_jax.losses.advantages import group_advantages
+from moe_jax.losses.policy import k3, policy_loss
 
 B, S = 8, 6
 CONFIGS = [

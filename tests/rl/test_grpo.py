@@ -55,9 +55,10 @@ class Evens:
     def problems(self, step, count):
         return [Problem(prompt="7" * (1 + i % 3), answer="", key=str(i)) for i in range(count)]
 
-    def score(self, problem, completion, finished, rng):
-        share = float(np.mean([ord(c) % 2 == 0 for c in completion] or [0]))
-        return {"reward": share if self.constant is None else self.constant, "accuracy": share, "format": 0.0}
+    def score(self, completions):
+        shares = [float(np.mean([ord(c) % 2 == 0 for c in one.text] or [0])) for one in completions]
+        constant = self.constant
+        return [{"reward": s if constant is None else constant, "accuracy": s, "format": 0.0} for s in shares]
 
 
 def trainer(cfg=RL):
@@ -125,7 +126,14 @@ def test_router_biases_stand_still_and_experts_are_trained(learned):
         assert np.abs(state.params[name] - params[name]).max() > 1e-4
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=8),
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        MeshConfig(data=1, fsdp=2, expert=2, context=2),
+    ],
+)
 def test_eight_devices_give_the_metrics_of_one(policy, learned, mesh):
     _, steps = run_steps(policy, 3, Evens(), mesh)
     for one, many in zip(learned[1], steps, strict=False):

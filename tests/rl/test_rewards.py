@@ -2,11 +2,32 @@
 
 import pytest
 
-from moe_jax.config import RewardConfig
-from moe_jax.data.problems import Problem
-from moe_jax.rl.rewards import Parsed, accuracy_reward, parse_completion, reward_parts, total_reward, worked
+from moe_jax.config import ConfigError, ProblemConfig, RewardConfig
+from moe_jax.data.problems import Problem, load_problems
+from moe_jax.rl.rewards import (
+    Parsed,
+    format_reward,
+    judge,
+    language_reward,
+    parse_completion,
+    repetition_penalty,
+    total_reward,
+    worked,
+)
 
 PROBLEM = Problem("7+1+5?", "13", "7+1+5?")
+SOURCE = load_problems(ProblemConfig(min_terms=3, max_terms=3, test_problems=4), seed=0)
+
+
+def reward_parts(problem, text, finished):
+    credit = judge([problem], [text], [finished], SOURCE)[0].credit
+    return {"accuracy": credit, "format": format_reward(text, finished)}
+
+
+def accuracy(answer):
+    return SOURCE.credits([(PROBLEM, answer)])[0]
+
+
 GOOD = "<think>7+1=8+5=13</think><answer>13</answer><eos>"
 
 
@@ -76,14 +97,15 @@ def test_an_answer_without_thinking_is_read_but_not_well_formed():
 
 
 def test_accuracy_has_no_partial_credit():
-    assert accuracy_reward("13", PROBLEM) == accuracy_reward(" +13.0 ", PROBLEM) == 1
-    for answer in (None, "", "12", "130", "13 14", "7+1+5", "13, or 12"):
-        assert accuracy_reward(answer, PROBLEM) == 0
+    assert accuracy("13") == accuracy(" +13.0 ") == 1
+    for answer in ("", "12", "130", "13 14", "7+1+5", "13, or 12"):
+        assert accuracy(answer) == 0
 
 
-def test_another_checker_can_judge():
-    assert accuracy_reward("thirteen", PROBLEM, lambda problem, answer: answer == "thirteen") == 1
-    assert accuracy_reward(None, PROBLEM, lambda problem, answer: True) == 0
+def test_answers_are_judged_in_their_order_and_padding_is_left_out():
+    texts = ["no answer", "<answer>13</answer>", "<answer>13</answer>", "<answer>12</answer>", "<answer>13</answer>"]
+    judged = judge([PROBLEM] * 4, texts, [True, True, False, True, True], SOURCE)
+    assert [tuple(one) for one in judged] == [(None, 0.0), ("13", 1.0), (None, 0.0), ("12", 0.0)]
 
 
 def test_a_completion_that_did_not_stop_earns_nothing():
@@ -107,3 +129,49 @@ def test_worked_needs_steps_in_the_thinking():
     assert not worked("<answer>7+1=8</answer>")
     assert worked("<think>First, the blocks.</think><answer>x</answer>", in_equations=False)
     assert not worked("<think> </think><answer>x</answer>", in_equations=False)
+
+
+def think(text: str) -> str:
+    return f"<think>{text}</think><answer>1</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "share"),
+    [
+        ("First the sum, then 答案 done", "latin", 5 / 7),
+        ("We take \\frac{1}{2} of 8", "latin", 1.0),
+        ("naïve café", "latin", 1.0),
+        ("Это mix", "ru", 0.5),
+        ("所以 so 是", "zh", 3 / 4),
+        ("これは是", "ja", 1.0),
+        ("그래서 x", "ko", 0.5),
+        ("हिन्दी में", "hi", 1.0),
+        ("Ηeλ", "el", 0.0),  # letters of two scripts: a word of neither
+        ("7+1=8", "latin", None),
+        ("", "latin", None),
+    ],
+)
+def test_language_is_the_share_of_words_in_its_script(text, language, share):
+    assert language_reward(think(text), language) == (None if share is None else pytest.approx(share))
+
+
+def test_language_of_a_completion_without_thinking_says_nothing():
+    assert language_reward("Just words", "latin") is None
+
+
+def test_repetition_counts_ngrams_that_were_there_before():
+    assert repetition_penalty("a b c d", 2) == 0
+    assert repetition_penalty("a b a b a b", 2) == pytest.approx(2 / 5 - 1)
+    assert repetition_penalty("So so SO so", 1) == pytest.approx(1 / 4 - 1)
+    assert repetition_penalty("a b", 3) is None
+
+
+def test_weighted_parts_are_added_and_none_is_left_out():
+    cfg = RewardConfig(language_weight=0.5, length_weight=-0.2, repetition_weight=1.0)
+    parts = {"accuracy": 1.0, "format": 1.0, "language": 0.5, "length": 0.5, "repetition": -0.25}
+    assert total_reward(parts, cfg) == pytest.approx(1 + 0.1 + 0.25 - 0.1 - 0.25)
+    assert total_reward({**parts, "language": None, "repetition": None}, cfg) == pytest.approx(1 + 0.1 - 0.1)
+    partial = RewardConfig(partial_credit=True)
+    assert total_reward({"accuracy": 0.0, "credit": 0.5, "format": 1.0}, partial) == pytest.approx(0.6)
+    with pytest.raises(ConfigError, match=r"RewardConfig\.language = 'latn'.*'latin'"):
+        RewardConfig(language="latn")  # pyright: ignore[reportArgumentType]
