@@ -15,7 +15,50 @@ from jax import Array
 
 from moe_jax.config import SamplingConfig
 from moe_jax.model.attention import Entries
-from moe_jax.model.transformer import Cache, Transformer, make_cache
+from moe_jax.model.transformer import Cache, Transformer, make_cache, make_entries, unrolled_cache
+from moe_jax.sampling.distribution import sample_token
+from moe_jax.sampling.speculative import Drawn, SpeculativeDecoder, State, check_can_draft, single_modules
+
+
+class Speculation(NamedTuple):
+    """How often drafts were kept."""
+
+    passes_B: Array
+    """int32, passes of the model over each row after its first token."""
+    accepted_BJ: Array
+    """int32, passes in which draft j, and with it those before, was kept."""
+
+
+def acceptance(passes: int, tokens: int, accepted_J: np.ndarray) -> dict[str, float]:
+    """What drafts are worth; empty without drafts.
+
+    `tokens_per_pass` (plain decoding: 1), `acceptance` (share of the drafts that were kept) and, by place j from 1,
+    `acceptance_<j>` (share kept of the drafts j before which all were).
+
+    Args:
+        passes: of the model over a row, after the row's first token.
+        tokens: that came of them; not those behind a stop token.
+        accepted_J: passes in which draft j, and with it those before, was kept.
+    """
+    if not len(accepted_J) or not passes:
+        return {}
+    checked_J = [passes, *accepted_J[:-1]]
+    by_place = enumerate(zip(accepted_J, checked_J, strict=True), start=1)
+    return {
+        "tokens_per_pass": float(tokens / passes),
+        "acceptance": float(np.mean(accepted_J) / passes),
+        **{f"acceptance_{j}": float(accepted / checked) for j, (accepted, checked) in by_place if checked},
+    }
+
+
+def speculation_metrics(samples: Samples) -> dict[str, float]:
+    """`acceptance` over all rows, for metrics; empty without drafts."""
+    if samples.speculation is None:
+        return {}
+    passes_B, accepted_BJ = samples.speculation
+    drawn_later = int(np.sum(samples.mask_BN)) - len(samples.mask_BN)
+    found = acceptance(int(np.sum(passes_B)), drawn_later, np.sum(accepted_BJ, axis=0))
+    return {f"speculation/{name}": value for name, value in found.items()}
 
 
 class Samples(NamedTuple):
@@ -29,6 +72,8 @@ class Samples(NamedTuple):
     """bool, True for tokens that were drawn, the stop token included."""
     finished_B: Array
     """bool, whether the row drew a stop token; False if it was cut off at `max_new_tokens`."""
+    speculation: Speculation | None = None
+    """What became of the drafts; None if there were none."""
 
 
 def pad_prompts(
@@ -66,6 +111,8 @@ def generate(
     """Samples `group_size` completions of each prompt; pure, to be jitted with the config, the ids and the size static.
 
     A prompt is prefilled once and its cache copied to its group. Decoding ends when every row has drawn a stop token.
+    With `cfg.speculative_tokens` the tokens are other ones than without, from the same distribution; at temperature 0
+    they are the same.
     `pad_id` is never drawn: it has probability 0 here, and must have in training too (`banned_ids` of
     `ops.token_logprobs`).
 
@@ -73,19 +120,34 @@ def generate(
         model: dense or sparse, MLA or GQA.
         tokens_PS: int32 prompts, padded on either side.
         mask_PS: bool, False for padding.
-        key: one random key; row b's token n depends on the key, b and n alone.
+        key: one random key; what row b draws depends on the key and b, not on other rows.
         cfg: temperature and truncation; temperature 0 is greedy.
         stop_ids: tokens that end a completion.
         pad_id: fills rows after their end.
         group_size: G.
     """
-    P, S = tokens_PS.shape
-    B, N = P * group_size, cfg.max_new_tokens
+    S, N = tokens_PS.shape[1], cfg.max_new_tokens
+    check_can_draft(model.cfg, cfg)
     if model.cfg.max_position < S + N:
         raise ValueError(
             f"prompts of {S} tokens and {N} new ones exceed the model's context of {model.cfg.max_position}:"
             " shorten the prompt, or lower max_new_tokens, or raise model.max_position"
         )
+    decode = _generate_speculatively if cfg.speculative_tokens else _generate
+    return decode(model, tokens_PS, mask_PS, key, cfg, stop_ids, pad_id, group_size)
+
+
+def _generate(
+    model: Transformer,
+    tokens_PS: Array,
+    mask_PS: Array,
+    key: Array,
+    cfg: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    group_size: int,
+) -> Samples:
+    (P, S), N = tokens_PS.shape, cfg.max_new_tokens
     prefilled = model(
         tokens_PS, segment_ids_BS=mask_PS.astype(jnp.int32), cache=make_cache(model.cfg, P, S), prefill=True
     )
@@ -93,89 +155,140 @@ def generate(
     last_P = S - 1 - jnp.argmax(mask_PS[:, ::-1], axis=1)
     hidden_PD = jnp.take_along_axis(prefilled.hidden_BSD, last_P[:, None, None], axis=1)[:, 0]
     hidden_BD = jnp.repeat(hidden_PD, group_size, axis=0)
-    cache = _repeat_and_extend(prefilled.cache, group_size, N)
+    model, cache = model_for_decoding(model), repeat_and_extend(prefilled.cache, group_size, N)
 
-    def draw(n: Array | int, hidden_BD: Array, samples: Samples) -> Samples:
+    def draw(n: Array | int, hidden_BD: Array) -> Drawn:
         logits_BV = model.logits(hidden_BD[:, None])[:, 0].at[:, pad_id].set(-jnp.inf)
         token_B, logprob_B = sample_token(jax.random.fold_in(key, n), logits_BV, cfg)
-        alive_B = ~samples.finished_B
-        token_B = jnp.where(alive_B, token_B, pad_id)
-        stopped_B = jnp.any(token_B[:, None] == jnp.array(stop_ids, jnp.int32), axis=1)
+        return Drawn(token_B[:, None], logprob_B[:, None], jnp.ones(token_B.shape, jnp.int32))
 
-        def put(x_BN: Array, value_B: Array) -> Array:
-            return jax.lax.dynamic_update_slice(x_BN, value_B[:, None].astype(x_BN.dtype), (0, n))
-
-        return Samples(
-            put(samples.tokens_BN, token_B),
-            put(samples.logprobs_BN, jnp.where(alive_B, logprob_B, 0.0)),
-            put(samples.mask_BN, alive_B),
-            samples.finished_B | stopped_B,
-        )
-
-    class State(NamedTuple):
-        n: Array
-        cache: Cache
-        samples: Samples
-
-    def step(state: State) -> State:
-        last_B1 = jax.lax.dynamic_slice_in_dim(state.samples.tokens_BN, state.n - 1, 1, axis=1)
-        output = model(last_B1, cache=state.cache)
+    def step(carry: tuple[Array, Cache, Samples]) -> tuple[Array, Cache, Samples]:
+        n, cache, samples = carry
+        output = model(jax.lax.dynamic_slice_in_dim(samples.tokens_BN, n - 1, 1, axis=1), cache=cache)
         assert output.cache is not None
-        return State(state.n + 1, output.cache, draw(state.n, output.hidden_BSD[:, 0], state.samples))
+        return n + 1, output.cache, _append(samples, draw(n, output.hidden_BSD[:, 0]), stop_ids)
 
-    empty = Samples(
-        jnp.full((B, N), pad_id, jnp.int32), jnp.zeros((B, N)), jnp.zeros((B, N), bool), jnp.zeros((B,), bool)
+    samples = _append(_no_samples(P * group_size, N, pad_id), draw(0, hidden_BD), stop_ids)
+    carry = (jnp.ones((), jnp.int32), cache, samples)
+    return jax.lax.while_loop(lambda carry: jnp.any(_alive(carry[2])), step, carry)[2]
+
+
+def _generate_speculatively(
+    model: Transformer,
+    tokens_PS: Array,
+    mask_PS: Array,
+    key: Array,
+    cfg: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    group_size: int,
+) -> Samples:
+    B, N, J = len(tokens_PS) * group_size, cfg.max_new_tokens, cfg.speculative_tokens
+    order_PS = jnp.argsort(mask_PS, axis=1, stable=True)  # padding to the left
+    tokens_PS = jnp.take_along_axis(tokens_PS, order_PS, axis=1)
+    mask_PS = jnp.take_along_axis(mask_PS, order_PS, axis=1)
+    decoder = SpeculativeDecoder(model_for_decoding(model), single_modules(model, cfg), cfg, pad_id)
+    state, drawn = begin_speculation(model, decoder, tokens_PS, mask_PS, key, group_size, N)
+    samples = _append(_no_samples(B, N, pad_id), drawn, stop_ids)
+    speculation = Speculation(jnp.zeros(B, jnp.int32), jnp.zeros((B, J), jnp.int32))
+
+    def step(carry: tuple[State, Samples, Speculation]) -> tuple[State, Samples, Speculation]:
+        state, samples, speculation = carry
+        alive_B = _alive(samples)
+        state, drawn = decoder.step(state, jax.random.fold_in(key, state.passes), alive_B)
+        speculation = Speculation(
+            speculation.passes_B + alive_B,
+            speculation.accepted_BJ + (alive_B[:, None] & (jnp.arange(J) < drawn.count_B[:, None] - 1)),
+        )
+        return state, _append(samples, drawn, stop_ids), speculation
+
+    carry = (state, samples, speculation)
+    _, samples, speculation = jax.lax.while_loop(lambda carry: jnp.any(_alive(carry[1])), step, carry)
+    return samples._replace(speculation=speculation)
+
+
+def begin_speculation(
+    model: Transformer,
+    decoder: SpeculativeDecoder,
+    tokens_PS: Array,
+    mask_PS: Array,
+    key: Array,
+    group_size: int,
+    new_tokens: int,
+) -> tuple[State, Drawn]:
+    """Reads left-padded prompts and draws the first token of each of their samples; there is room for `new_tokens`."""
+    P, S = tokens_PS.shape
+    prefilled = model(
+        tokens_PS, segment_ids_BS=mask_PS.astype(jnp.int32), cache=make_cache(model.cfg, P, S), prefill=True
     )
-    state = State(jnp.ones((), jnp.int32), cache, draw(0, hidden_BD, empty))
-    state = jax.lax.while_loop(lambda s: (s.n < N) & ~jnp.all(s.samples.finished_B), step, state)
-    return state.samples
+    assert prefilled.cache is not None
+    columns = new_tokens + decoder.num_drafts
+    cache = repeat_and_extend(prefilled.cache, group_size, columns)
+    start_P = S - jnp.sum(mask_PS, axis=1, dtype=jnp.int32)
+    modules = [make_entries(model.cfg, 1, P, S) for _ in decoder.modules]
+    modules = decoder.prefill(tokens_PS, start_P, prefilled.hidden_BSD, modules)
+    modules = [repeat_entries(entries, group_size, columns) for entries in modules]
+    last = -len(modules)
+    hidden_BWD, tokens_BW, start_B = (
+        jnp.repeat(x, group_size, axis=0) for x in (prefilled.hidden_BSD[:, last:], tokens_PS[:, last:], start_P)
+    )
+    return decoder.begin(jax.random.fold_in(key, 0), hidden_BWD, tokens_BW, start_B, cache, modules)
 
 
-def _repeat_and_extend(cache: Cache, times: int, columns: int) -> Cache:
-    """Each prompt's row `times` times, with room for `columns` more columns."""
+def _no_samples(rows: int, columns: int, pad_id: int) -> Samples:
+    shape = (rows, columns)
+    return Samples(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool), jnp.zeros(rows, bool))
 
+
+def _alive(samples: Samples) -> Array:
+    """[B] bool, whether a row goes on."""
+    return ~samples.finished_B & ~samples.mask_BN[:, -1]
+
+
+def _append(samples: Samples, drawn: Drawn, stop_ids: tuple[int, ...]) -> Samples:
+    """Adds what was drawn to the rows that go on, up to the first stop token and as far as there is room."""
+    S, N = drawn.tokens_BS.shape[1], samples.tokens_BN.shape[1]
+    stops_BS = jnp.any(drawn.tokens_BS[..., None] == jnp.array(stop_ids, jnp.int32), axis=-1)
+    stopped_before_BS = jnp.cumsum(stops_BS, axis=1) - stops_BS > 0
+    drawn_before_B1 = jnp.sum(samples.mask_BN, axis=1, keepdims=True)
+    kept_BS = (jnp.arange(S) < drawn.count_B[:, None]) & ~stopped_before_BS & (drawn_before_B1 + jnp.arange(S) < N)
+    kept_BS &= _alive(samples)[:, None]
+
+    def put(x_BN: Array, value_BS: Array) -> Array:
+        for s in range(S):  # a scatter would visit row by row on CPUs
+            here_BN = (jnp.arange(N) == drawn_before_B1 + s) & kept_BS[:, s : s + 1]
+            x_BN = jnp.where(here_BN, value_BS[:, s : s + 1].astype(x_BN.dtype), x_BN)
+        return x_BN
+
+    return samples._replace(
+        tokens_BN=put(samples.tokens_BN, drawn.tokens_BS),
+        logprobs_BN=put(samples.logprobs_BN, drawn.logprobs_BS),
+        mask_BN=put(samples.mask_BN, kept_BS),
+        finished_B=samples.finished_B | jnp.any(kept_BS & stops_BS, axis=1),
+    )
+
+
+def model_for_decoding(model: Transformer) -> Transformer:
+    """The form that decodes fastest: unrolled on CPUs, stacked (small programs) elsewhere."""
+    return model.unrolled() if _unrolled() else model
+
+
+def _unrolled() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def repeat_and_extend(cache: Cache, times: int, columns: int) -> Cache:
+    """Each prompt's row `times` times, with room for `columns` more columns, for the model that decodes."""
+    assert isinstance(cache.dense, Entries) and isinstance(cache.moe, Entries)
+    valid_BT = jnp.pad(jnp.repeat(cache.valid_BT, times, axis=0), ((0, 0), (0, columns)))
+    dense, moe = (repeat_entries(entries, times, columns) for entries in (cache.dense, cache.moe))
+    cache = Cache(dense, moe, valid_BT, cache.length)
+    return unrolled_cache(cache) if _unrolled() else cache
+
+
+def repeat_entries(entries: Entries, times: int, columns: int) -> Entries:
     def grow(x_LBT: Array) -> Array:
         x_LBT = jnp.repeat(x_LBT, times, axis=1)
         return jnp.pad(x_LBT, [(0, 0), (0, 0), (0, columns)] + [(0, 0)] * (x_LBT.ndim - 3))
 
-    return Cache(
-        Entries(*map(grow, cache.dense)), Entries(*map(grow, cache.moe)), grow(cache.valid_BT[None])[0], cache.length
-    )
-
-
-def sample_token(key: Array, logits_BV: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
-    """One token per row and its log-probability under the truncated, tempered distribution; [B] int32, [B] float32.
-
-    Draws by inverting the cumulative distribution: one random number per row, and a token of probability 0 is never
-    drawn.
-    """
-    if cfg.temperature == 0:
-        token_B = jnp.argmax(logits_BV, axis=-1)
-        return token_B, jnp.zeros(token_B.shape)
-    logprob_BV = jax.nn.log_softmax(truncate(logits_BV / cfg.temperature, cfg), axis=-1)
-    probability_BV = jnp.exp(logprob_BV)
-    cumulative_BV = jnp.cumsum(probability_BV, axis=-1)
-    uniform_B1 = jax.random.uniform(key, (logits_BV.shape[0], 1)) * cumulative_BV[:, -1:]
-    # XLA sums in a tree, whose rounding can give a token of probability 0 a slot, or lower the sum by an ulp.
-    reached_BV = (cumulative_BV > uniform_B1) & (probability_BV > 0)
-    best_B = jnp.argmax(probability_BV, axis=-1)
-    token_B = jnp.where(jnp.any(reached_BV, axis=-1), jnp.argmax(reached_BV, axis=-1), best_B)
-    return token_B, jnp.take_along_axis(logprob_BV, token_B[:, None], axis=-1)[:, 0]
-
-
-def truncate(logits_BV: Array, cfg: SamplingConfig) -> Array:
-    """Sets the logits to -inf that top_k, top_p and min_p leave out, in this order; the best token always stays."""
-    if cfg.top_k and cfg.top_k < logits_BV.shape[-1]:
-        worst_B1 = jax.lax.top_k(logits_BV, cfg.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV >= worst_B1, logits_BV, -jnp.inf)
-    if cfg.top_p < 1:
-        order_BV = jnp.argsort(-logits_BV, axis=-1)
-        probability_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        rank_BV = jnp.argsort(order_BV, axis=-1)
-        keep_BV = jnp.take_along_axis(before_BV < cfg.top_p, rank_BV, axis=-1)
-        logits_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
-    if cfg.min_p:
-        floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(cfg.min_p)
-        logits_BV = jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
-    return logits_BV
+    return Entries(*map(grow, entries))

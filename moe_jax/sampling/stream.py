@@ -1,80 +1,134 @@
 """One completion, token by token, while it is being drawn.
 
-B batch (1 here), S prompt columns, T cache columns, N new columns, V vocabulary.
+B batch (1 here), S prompt columns, T cache columns, N new columns, J drafts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from moe_jax.config import SamplingConfig
 from moe_jax.model.definition import Arrays, Definition
-from moe_jax.model.transformer import Cache, Transformer, make_cache
-from moe_jax.sampling.sampler import pad_prompts, sample_token
+from moe_jax.model.transformer import Transformer, make_cache
+from moe_jax.sampling.distribution import sample_token
+from moe_jax.sampling.sampler import (
+    acceptance,
+    begin_speculation,
+    model_for_decoding,
+    pad_prompts,
+    repeat_and_extend,
+)
+from moe_jax.sampling.speculative import SpeculativeDecoder, check_can_draft, single_modules
 
 # Prompts are padded to a multiple of this, so that most of them share one compilation.
 _BUCKET = 64
 
-Stream = Callable[[Arrays, Arrays, Sequence[int], Array], Iterator[int]]
-"""(params, rest, token ids of the prompt, key) → the completion's token ids, one by one."""
 
-
-def make_stream(definition: Definition, cfg: SamplingConfig, *, stop_ids: tuple[int, ...], pad_id: int) -> Stream:
-    """A sampler for one prompt at a time that gives out each token as soon as it is drawn.
+class Stream:
+    """A sampler for one prompt at a time that gives out tokens as soon as they are drawn.
 
     The tokens are those of `sampler.generate` for this prompt and key. The last one is a stop token, unless the
     completion is cut off at `max_new_tokens` or, other than in `generate`, because the context is full.
 
-    The stream raises ValueError, when it is called, for an empty prompt and for one that leaves no room in the model's
-    context.
+    On CPUs it keeps a copy of the layers' weights, one by one.
+
+    Raises:
+        ConfigError: the model cannot draft, and is to.
     """
 
-    def draw(model: Transformer, hidden_BSD: Array, key: Array, n: Array | int) -> Array:
-        logits_BV = model.logits(hidden_BSD)[:, 0].at[:, pad_id].set(-jnp.inf)
-        return sample_token(jax.random.fold_in(key, n), logits_BV, cfg)[0]
+    def __init__(
+        self,
+        definition: Definition,
+        params: Arrays,
+        rest: Arrays,
+        cfg: SamplingConfig,
+        *,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+    ):
+        check_can_draft(definition.cfg, cfg)
+        self.cfg, self.stop_ids, self.pad_id = cfg, stop_ids, pad_id
+        self.context = definition.cfg.max_position
+        self.passes, self.tokens, self.accepted_J = 0, 0, np.zeros(cfg.speculative_tokens, int)
+        self._weights = params, rest
 
-    @partial(jax.jit, static_argnames="columns")
-    def prefill(
-        params: Arrays, rest: Arrays, tokens_BS: Array, mask_BS: Array, key: Array, columns: int
-    ) -> tuple[Array, Cache]:
-        model = definition.merge(params, rest)
-        cache = make_cache(definition.cfg, 1, columns)
-        output = model(tokens_BS, segment_ids_BS=mask_BS.astype(jnp.int32), cache=cache, prefill=True)
-        assert output.cache is not None
-        return draw(model, output.hidden_BSD[:, -1:], key, 0), output.cache
+        def for_decoding(params: Arrays, rest: Arrays) -> Any:
+            model = definition.merge(params, rest)
+            return model_for_decoding(model), single_modules(model, cfg)
 
-    @partial(jax.jit, donate_argnames="cache")
-    def step(params: Arrays, rest: Arrays, token_B: Array, cache: Cache, key: Array, n: Array) -> tuple[Array, Cache]:
-        model = definition.merge(params, rest)
-        output = model(token_B[:, None], cache=cache)
-        assert output.cache is not None
-        return draw(model, output.hidden_BSD, key, n), output.cache
+        # Flat, which is dispatched faster than modules.
+        self._decoding, structure = jax.tree.flatten(jax.jit(for_decoding)(params, rest))
 
-    def stream(params: Arrays, rest: Arrays, prompt_ids: Sequence[int], key: Array) -> Iterator[int]:
-        context = definition.cfg.max_position
-        if len(prompt_ids) >= context:
+        def draw(model: Transformer, hidden_BSD: Array, key: Array, n: Array | int) -> Array:
+            logits_BV = model.logits(hidden_BSD)[:, 0].at[:, pad_id].set(-jnp.inf)
+            return sample_token(jax.random.fold_in(key, n), logits_BV, cfg)[0]
+
+        @partial(jax.jit, static_argnames="columns")
+        def prefill(
+            params: Arrays, rest: Arrays, tokens_BS: Array, mask_BS: Array, key: Array, columns: int
+        ) -> tuple[Any, Array]:
+            model = definition.merge(params, rest)
+            if cfg.speculative_tokens:
+                decoder = SpeculativeDecoder(model, single_modules(model, cfg), cfg, pad_id)
+                state, drawn = begin_speculation(model, decoder, tokens_BS, mask_BS, key, 1, columns)
+                return state, drawn.tokens_BS[0]
+            cache = make_cache(definition.cfg, *tokens_BS.shape)
+            output = model(tokens_BS, segment_ids_BS=mask_BS.astype(jnp.int32), cache=cache, prefill=True)
+            assert output.cache is not None
+            return repeat_and_extend(output.cache, 1, columns), draw(model, output.hidden_BSD[:, -1:], key, 0)
+
+        @partial(jax.jit, donate_argnames="state")
+        def step(weights: list[Array], state: Any, token: Array, key: Array, n: Array) -> tuple[Any, Array]:
+            """One pass, the nth; drafts that were not kept are -1."""
+            model, modules = jax.tree.unflatten(structure, weights)
+            if cfg.speculative_tokens:
+                decoder = SpeculativeDecoder(model, modules, cfg, pad_id)
+                state, drawn = decoder.step(state, jax.random.fold_in(key, n), jnp.ones(1, bool))
+                places = jnp.arange(cfg.speculative_tokens + 1)
+                return state, jnp.where(places < drawn.count_B[0], drawn.tokens_BS[0], -1)
+            output = model(token[None], cache=state)
+            return output.cache, draw(model, output.hidden_BSD, key, n)
+
+        self._prefill, self._step = prefill, step
+
+    def __call__(self, prompt_ids: Sequence[int], key: Array) -> Iterator[int]:
+        """The completion's token ids, one by one.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room in the model's context; when it is called.
+        """
+        if len(prompt_ids) >= self.context:
             raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens and the model's context {context}, one of them for an answer:"
-                " shorten the prompt"
+                f"the prompt has {len(prompt_ids)} tokens and the model's context {self.context}, one of them for an"
+                " answer: shorten the prompt"
             )
-        tokens_BS, mask_BS = pad_prompts([prompt_ids], pad_id, -(-len(prompt_ids) // _BUCKET) * _BUCKET)
-        new = min(cfg.max_new_tokens, context - len(prompt_ids))
-        columns = tokens_BS.shape[1] + min(cfg.max_new_tokens, context)
+        prompt = pad_prompts([prompt_ids], self.pad_id, -(-len(prompt_ids) // _BUCKET) * _BUCKET)
+        return self._tokens(*prompt, key, min(self.cfg.max_new_tokens, self.context - len(prompt_ids)))
 
-        def tokens() -> Iterator[int]:
-            token_B, cache = prefill(params, rest, tokens_BS, mask_BS, key, columns)
-            for n in range(1, new + 1):
-                token = int(token_B[0])
+    def _tokens(self, tokens_BS: np.ndarray, mask_BS: np.ndarray, key: Array, room: int) -> Iterator[int]:
+        columns = min(self.cfg.max_new_tokens, self.context)
+        state, drawn = self._prefill(*self._weights, tokens_BS, mask_BS, key, columns)
+        count = n = 0
+        while True:
+            kept = [token for token in np.asarray(drawn).tolist() if token >= 0]
+            self.accepted_J += np.arange(len(self.accepted_J)) < len(kept) - 1
+            for token in kept:
                 yield token
-                if token in stop_ids or n == new:
+                count += 1
+                self.tokens += n > 0
+                if token in self.stop_ids or count == room:
                     return
-                token_B, cache = step(params, rest, token_B, cache, key, jnp.int32(n))
+            n += 1
+            self.passes += 1
+            state, drawn = self._step(self._decoding, state, drawn[-1:], key, jnp.int32(n))
 
-        return tokens()
-
-    return stream
+    def acceptance(self) -> dict[str, float]:
+        """What became of all drafts so far (`sampler.acceptance`)."""
+        return acceptance(self.passes, self.tokens, self.accepted_J)

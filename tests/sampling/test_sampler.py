@@ -15,7 +15,8 @@ from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RoPEConfig, 
 from moe_jax.model.definition import Definition
 from moe_jax.ops.token_logprobs import token_logprobs
 from moe_jax.sampling import sampler
-from moe_jax.sampling.sampler import Samples, pad_prompts, sample_token, truncate
+from moe_jax.sampling.distribution import sample_token, truncate
+from moe_jax.sampling.sampler import Samples, pad_prompts
 
 V, PAD, STOP, G, N = 13, 0, 1, 3, 8
 CONFIG = ModelConfig(

@@ -1,7 +1,6 @@
 """Streaming: the same tokens as `generate`, one by one."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, SamplingConfig
 from moe_jax.model.definition import Definition
 from moe_jax.sampling.sampler import generate
-from moe_jax.sampling.stream import make_stream
+from moe_jax.sampling.stream import Stream
 
 MLA = ModelConfig(
     vocab_size=24,
@@ -40,7 +39,7 @@ def model_of(cfg: ModelConfig):
 
 def check_against_generate(model, cfg: SamplingConfig, stop_ids: tuple[int, ...], length: int) -> list[list[int]]:
     definition, params, rest = model
-    stream = make_stream(definition, cfg, stop_ids=stop_ids, pad_id=PAD)
+    stream = Stream(definition, params, rest, cfg, stop_ids=stop_ids, pad_id=PAD)
     tokens_PS = jax.random.randint(jax.random.key(0), (1, length), 1, 24)
 
     @jax.jit
@@ -50,7 +49,7 @@ def check_against_generate(model, cfg: SamplingConfig, stop_ids: tuple[int, ...]
 
     completions = []
     for seed in range(6):
-        completions.append(list(stream(params, rest, tokens_PS[0].tolist(), jax.random.key(seed))))
+        completions.append(list(stream(tokens_PS[0].tolist(), jax.random.key(seed))))
         samples = jax.device_get(whole(jax.random.key(seed)))
         assert completions[-1] == samples.tokens_BN[samples.mask_BN].tolist()
         assert PAD not in completions[-1]
@@ -73,7 +72,7 @@ def test_greedy_tokens_are_those_of_generate():
 @pytest.fixture(scope="module")
 def stream():
     definition, params, rest = model_of(GQA)
-    return partial(make_stream(definition, SamplingConfig(12), stop_ids=(), pad_id=PAD), params, rest)
+    return Stream(definition, params, rest, SamplingConfig(12), stop_ids=(), pad_id=PAD)
 
 
 def test_tokens_come_one_by_one(stream):
