@@ -1,4 +1,4 @@
-"""Multi-token prediction modules (DeepSeek-V3 §2.2, eq. 21-25).
+"""Multi-token prediction: a causal chain of modules (DeepSeek-V3 §2.2, eq. 21-25), or heads in parallel.
 
 B batch, S sequence, D model, N modules (depth).
 """
@@ -13,9 +13,11 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
+from moe_jax.model.attention import Entries
 from moe_jax.model.block import Block, Context
 from moe_jax.model.layers import Initializer, RMSNorm, rematerialised
 from moe_jax.model.router import RouterStats
+from moe_jax.sharding import balanced, in_order
 
 
 class MTPOutput(NamedTuple):
@@ -33,9 +35,8 @@ class MTP(nnx.Module):
     output after its norm likewise.
     """
 
-    def __init__(self, cfg: ModelConfig, blocks: Block | None, init: Initializer):
+    def __init__(self, cfg: ModelConfig, blocks: Block, init: Initializer):
         depth, D = cfg.mtp.depth, cfg.hidden_size
-        assert blocks is not None
         self.cfg = cfg
         self.blocks = blocks
         self.embedding_norms = _stacked_norm(cfg, depth)
@@ -60,9 +61,9 @@ class MTP(nnx.Module):
                 pair.reverse()
             joined = jnp.concatenate(pair, axis=-1)
             x_BSD = jnp.einsum("BSJ,JD->BSD", joined, projection[...].astype(joined.dtype))
-            inside_BS = ctx.valid_BS & (segment_ahead_BS == segment_ids_BS)
-            x_BSD, stats, _ = block(x_BSD, ctx._replace(valid_BS=inside_BS), layer=layer)
-            hidden_BSD = output_norm(x_BSD)
+            inside_BS = (segment_ids_BS > 0) & (segment_ahead_BS == segment_ids_BS)
+            x_BSD, stats, _ = block(balanced(x_BSD), ctx._replace(valid_BS=balanced(inside_BS)), layer=layer)
+            hidden_BSD = output_norm(in_order(x_BSD))
             return (hidden_BSD, ahead_BSD, segment_ahead_BS), (hidden_BSD, stats)
 
         layers = self.cfg.num_moe_layers + jnp.arange(self.cfg.mtp.depth)  # the modules' come after the trunk's
@@ -72,6 +73,57 @@ class MTP(nnx.Module):
             rematerialised(module, self.cfg.remat), (hidden_BSD, embedded_BSD, segment_ids_BS), weights
         )
         return MTPOutput(hidden_NBSD, stats)
+
+    def cached(
+        self, hidden_BSD: Array, ahead_BSD: Array, ctx: Context, entries: Entries, layer: int
+    ) -> tuple[Array, Entries]:
+        """A chain of one module over its cache [1, B, T, ...], for drafting: its hidden states and the cache.
+
+        `ahead_BSD` are the embeddings of the tokens that it reads ahead, `layer` is its number after the trunk's.
+        """
+        first = jax.tree.map(lambda x: x[0], (self.blocks, self.embedding_norms, self.hidden_norms, self.output_norms))
+        block, embedding_norm, hidden_norm, output_norm = first
+        pair = [embedding_norm(ahead_BSD), hidden_norm(hidden_BSD)]
+        if self.cfg.mtp.hidden_first:
+            pair.reverse()
+        joined = jnp.concatenate(pair, axis=-1)
+        x_BSD = jnp.einsum("BSJ,JD->BSD", joined, self.projection_N2DD[...][0].astype(joined.dtype))
+        x_BSD, _, entries = block(x_BSD, ctx, entries, layer)
+        return output_norm(x_BSD), entries
+
+
+class ParallelHeads(nnx.Module):
+    """D independent heads, each a block on the trunk's output, under the model's own output matrix (arXiv:2404.19737).
+
+    Head k at position i predicts token i + k + 1 from the tokens up to i alone. The head of the next token is the trunk
+    itself: where the paper takes its heads' layers from the trunk, these come on top, as V3's modules do. They read
+    the trunk's output after its final norm.
+    """
+
+    def __init__(self, cfg: ModelConfig, blocks: Block):
+        self.cfg = cfg
+        self.blocks = blocks
+        self.output_norms = _stacked_norm(cfg, cfg.mtp.depth)
+
+    def __call__(self, hidden_BSD: Array, ctx: Context) -> MTPOutput:
+        balanced_BSD = balanced(hidden_BSD)
+
+        def head(carry: None, weights: tuple) -> tuple[None, tuple]:
+            layer, block, output_norm = weights
+            x_BSD, stats, _ = block(balanced_BSD, ctx, layer=layer)
+            return carry, (output_norm(in_order(x_BSD)), stats)
+
+        layers = self.cfg.num_moe_layers + jnp.arange(self.cfg.mtp.depth)  # the heads' come after the trunk's
+        weights = (layers, self.blocks, self.output_norms)
+        _, (hidden_NBSD, stats) = jax.lax.scan(rematerialised(head, self.cfg.remat), None, weights)
+        return MTPOutput(hidden_NBSD, stats)
+
+
+def make_mtp(cfg: ModelConfig, blocks: Block | None, init: Initializer) -> MTP | ParallelHeads | None:
+    """What `cfg.mtp` asks for, of these stacked blocks; None for a depth of 0."""
+    if blocks is None:
+        return None
+    return MTP(cfg, blocks, init) if cfg.mtp.kind == "causal" else ParallelHeads(cfg, blocks)
 
 
 def _stacked_norm(cfg: ModelConfig, depth: int) -> RMSNorm:

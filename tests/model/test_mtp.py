@@ -13,10 +13,10 @@ from flax import nnx
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 from moe_jax.losses.language_model import cross_entropy, next_token_targets
-from moe_jax.model.attention import causal_mask
 from moe_jax.model.definition import Definition
 from moe_jax.model.layers import rotation
 from moe_jax.model.transformer import Context
+from moe_jax.ops.attention import Tokens
 
 B, S, V, D = 2, 9, 19, 12
 CONFIG = ModelConfig(
@@ -67,7 +67,7 @@ def test_follows_the_papers_recurrence(model):
             x = jnp.concatenate(joined, axis=-1) @ mtp.projection_N2DD[...][k - 1]
             ones = jnp.ones((B, length), jnp.int32)
             rot = rotation(jnp.cumsum(ones, axis=1) - 1, a.rope, a.qk_rope_head_dim)
-            x, _, _ = block(x, Context(rot, causal_mask(ones), ones > 0, ones, False, 0, False))
+            x, _, _ = block(x, Context(rot, Tokens(ones, jnp.arange(length)[None]), ones > 0, ones, False, 0, False))
             hidden = output_norm(x)
             outputs.append(hidden)
         return outputs
@@ -121,9 +121,11 @@ def test_routers_count_positions_whose_token_ahead_exists(model):
     np.testing.assert_array_equal(np.sum(stats.counts_BE, axis=-1), [[14, 14], [10, 10]])
 
 
-def test_gradient_reaches_the_modules_the_shared_parts_and_the_trunk(random_model):
+@pytest.mark.parametrize(("kind", "own"), [("causal", "mtp.projection_N2DD"), ("parallel", "mtp.output_norms.weight")])
+def test_gradient_reaches_the_modules_the_shared_parts_and_the_trunk(kind, own, random_model):
     # Dense layers, which compile quickly.
-    graph, params, rest = nnx.split(random_model(dataclasses.replace(CONFIG, moe=MoEConfig())), nnx.Param, ...)
+    cfg = dataclasses.replace(CONFIG, moe=MoEConfig(), mtp=MTPConfig(depth=2, kind=kind))
+    graph, params, rest = nnx.split(random_model(cfg), nnx.Param, ...)
 
     @jax.jit
     @jax.grad
@@ -132,11 +134,49 @@ def test_gradient_reaches_the_modules_the_shared_parts_and_the_trunk(random_mode
         return losses[1].mean() + losses[2].mean()
 
     found = {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(gradient(params))}
-    assert {"embed_VD", "head_DV", "mtp.projection_N2DD", "dense_blocks.ffn.gate_up_D2F", "norm.weight"} <= found.keys()
+    assert {"embed_VD", "head_DV", own, "dense_blocks.ffn.gate_up_D2F", "norm.weight"} <= found.keys()
     for name, g in found.items():
         assert np.all(np.isfinite(g)) and np.abs(g).max() > 1e-6, name
-    for module in found["mtp.projection_N2DD"]:
+    for module in found[own]:
         assert np.abs(module).max() > 1e-4
+
+
+# Parallel heads ------------------------------------------------------------------------------------------------------
+
+PARALLEL = dataclasses.replace(CONFIG, mtp=MTPConfig(depth=2, kind="parallel"))
+
+
+def test_parallel_heads_are_blocks_on_the_trunks_output(random_model):
+    model = random_model(PARALLEL)
+    trunk, ahead, losses = run(model, TOKENS_BS, *TWO_DOCUMENTS)
+    mtp, a, (segments_BS, positions_BS) = model.mtp, CONFIG.attention, TWO_DOCUMENTS
+    rot = rotation(positions_BS, a.rope, a.qk_rope_head_dim)
+    ctx = Context(
+        rot, Tokens(segments_BS, jnp.arange(segments_BS.shape[1])[None]), segments_BS > 0, positions_BS, False, 0, False
+    )
+    for k in (0, 1):
+        block, output_norm = jax.tree.map(lambda x, k=k: x[k], (mtp.blocks, mtp.output_norms))
+        expected = output_norm(jax.jit(lambda block, x: block(x, ctx)[0])(block, trunk))
+        np.testing.assert_allclose(ahead.hidden_NBSD[k], expected, atol=2e-5, rtol=1e-4)
+    assert [loss.count for loss in losses] == [2 * 7, 2 * 5, 2 * 3] and all(loss.mean() > 0.1 for loss in losses)
+    np.testing.assert_array_equal(ahead.router.tokens_B, [[S, S], [S, S]])
+
+
+def test_parallel_heads_read_nothing_ahead_and_causal_modules_up_to_their_target(model, random_model):
+    changed = TOKENS_BS.copy()
+    changed[:, 5:] = (changed[:, 5:] + 5) % V
+    for one, ahead in ((random_model(PARALLEL), (0, 0)), (model, (1, 2))):
+        before, after = (np.asarray(run(one, t, *ONE_DOCUMENT)[1].hidden_NBSD) for t in (TOKENS_BS, changed))
+        for k, reach in enumerate(ahead):
+            np.testing.assert_array_equal(after[k, :, : 5 - reach], before[k, :, : 5 - reach])
+            assert np.all(np.any(after[k, :, 5 - reach :] != before[k, :, 5 - reach :], axis=-1))
+
+
+def test_parallel_heads_have_no_embedding_head_or_projection():
+    names = {name for name in Definition.of(PARALLEL).variables if name.startswith("mtp")}
+    assert {name for name in names if not name.startswith("mtp.blocks")} == {"mtp.output_norms.weight"}
+    causal = {name for name in Definition.of(CONFIG).variables if name.startswith("mtp.blocks")}
+    assert names == causal | {"mtp.output_norms.weight"}
 
 
 def test_depth_0_builds_nothing(random_model):
