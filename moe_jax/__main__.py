@@ -9,18 +9,20 @@ from collections.abc import Sequence
 import tyro
 
 from moe_jax.config import ConfigError
-from moe_jax.tools.benchmark import benchmark_moe
+from moe_jax.tools.benchmark import benchmark_decode, benchmark_moe
 from moe_jax.tools.convert import convert
 from moe_jax.tools.evaluate import evaluate
 from moe_jax.tools.generate import generate
 from moe_jax.tools.inspect_routing import inspect_routing
 from moe_jax.tools.model import ToolError
+from moe_jax.tools.rollouts import rollouts
 
 app = tyro.extras.SubcommandApp()
-for tool in (generate, evaluate, convert, inspect_routing):
+for tool in (generate, evaluate, convert, inspect_routing, rollouts):
     app.command(tool)
 benchmark = app.command(tyro.extras.SubcommandApp(), name="benchmark", help="Measures speed on this machine.")
 benchmark.command(name="moe")(benchmark_moe)
+benchmark.command(name="decode")(benchmark_decode)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -253,13 +253,27 @@ class MTPConfig:
 
     depth: int = 0
     """Number of modules D; each predicts one token further ahead. 0 builds none."""
+    kind: Literal["causal", "parallel"] = "causal"
+    """A chain of modules that read the tokens up to the one before their target (V3), or heads that are independent of
+    each other and read the trunk's output alone (arXiv:2404.19737)."""
     loss_coef: float = 0.3
-    """λ: weight of the mean of the modules' losses."""
+    """λ: weight of the mean of the modules' losses ..."""
+    late_loss_coef: float = 0.1
+    """... and what it is from `late_after_tokens` on."""
+    late_after_tokens: int = 0
+    """Tokens of training, padding included, after which λ is `late_loss_coef`; 0: never. V3: 10T of its 14.8T."""
     hidden_first: bool = False
     """Order of the concatenation: [hidden; embedding] as the paper writes it, or [embedding; hidden] as released."""
 
     def __post_init__(self) -> None:
-        _require_not_negative(self, "depth", "loss_coef")
+        _require_literals(self)
+        _require_not_negative(self, "depth", "loss_coef", "late_loss_coef", "late_after_tokens")
+        _require(
+            self.kind == "causal" or not self.hidden_first,
+            self,
+            "hidden_first",
+            "is for kind = 'causal': parallel heads concatenate nothing",
+        )
 
 
 @dataclass(frozen=True)
@@ -324,6 +338,8 @@ class MeshConfig:
     """Shards of the batch and of the weights."""
     expert: int = 1
     """Shards of the batch and of the experts."""
+    context: int = 1
+    """Shards of sequences, for long ones: a sequence's length must be a multiple of twice this, or rows are divided."""
     tensor: int = 1
     """Shards of heads and of feed-forward width."""
 
@@ -357,9 +373,18 @@ class OptimizerConfig:
     """On matrices only: embedding, head, router gates, norms and biases are not decayed."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 does not clip."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What both moments are stored in between steps; the arithmetic is float32. bfloat16 halves the optimizer's memory
+    (DeepSeek-V3 §3.3.3)."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
+        _require(
+            self.moment_dtype == "float32" or self.beta2 <= 0.99,
+            self,
+            "beta2",
+            "with moment_dtype = 'bfloat16' must be at most 0.99, or changes are rounded away",
+        )
         _require_positive(self, "learning_rate", "eps")
         _require_not_negative(self, "warmup_steps", "weight_decay", "max_grad_norm")
         _require_fraction(self, "final_fraction", "decay_fraction", "beta1", "beta2")
@@ -415,10 +440,13 @@ class SamplingConfig:
     """Only the smallest set of tokens that holds this much probability."""
     min_p: float = 0.0
     """Only tokens at least this times as probable as the most probable one."""
+    speculative_tokens: int = 0
+    """Tokens that the multi-token prediction modules draft and the model checks in one pass; 0 decodes one by one. The
+    draws' distribution is the same."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_new_tokens")
-        _require_not_negative(self, "temperature", "top_k")
+        _require_not_negative(self, "temperature", "top_k", "speculative_tokens")
         _require_fraction(self, "top_p", "min_p")
         _require(self.top_p > 0, self, "top_p", "must be greater than 0")
 
@@ -432,21 +460,47 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class SandboxConfig:
+    """What a program that a model wrote may use (`data/sandbox.py`)."""
+
+    seconds: int = 2
+    """Of the processor, for all calls together; three times as much by the clock."""
+    memory_mb: int = 256
+    workers: int = 0
+    """Programs run at a time; 0: as many as there are processors."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seconds")
+        _require(self.memory_mb >= 64, self, "memory_mb", "must be at least 64, Python itself needs some")
+        _require_not_negative(self, "workers")
+
+    @property
+    def wall_seconds(self) -> float:
+        return 3.0 * self.seconds
+
+
+@dataclass(frozen=True)
 class ProblemConfig:
     """Problems with answers that a rule can check, and the text that a base model learns from."""
 
-    source: Literal["arithmetic", "gsm8k", "reasoning_gym"] = "arithmetic"
+    source: Literal["arithmetic", "words", "gsm8k", "math", "countdown", "reasoning_gym", "code"] = "arithmetic"
     path: str = ""
-    """gsm8k: the folder with train.jsonl and test.jsonl."""
+    """gsm8k, math, code: the folder with train.jsonl and test.jsonl; code without one is generated."""
     task: str = ""
     """reasoning_gym: the task's name."""
+    curriculum_threshold: float = 0.0
+    """reasoning_gym: mean accuracy of `curriculum_window` steps at which the task's next level of difficulty begins;
+    0: the task as it is, without levels."""
+    curriculum_window: int = 5
     min_terms: int = 6
     max_terms: int = 8
-    """arithmetic: terms of a sum."""
+    """arithmetic, words: terms of a sum; countdown: numbers."""
     operations: Literal["+", "+-"] = "+"
-    """arithmetic: which signs appear between the terms."""
+    """arithmetic, words: which signs appear between the terms."""
     max_term: int = 9
-    """arithmetic: largest term; the smallest is 1."""
+    """arithmetic, words, countdown: largest number; the smallest is 1."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """code: what an answer may use when it is tried."""
     worked_fraction: float = 0.4
     """Share of the base model's documents that show the working; the others guess."""
     step_error_rate: float = 0.02
@@ -456,7 +510,7 @@ class ProblemConfig:
     bare_fraction: float = 1 / 6
     """Share of the guesses that leave the <think> tags out."""
     test_problems: int = 2048
-    """Held-out problems, in nothing that is trained on; of gsm8k always all of test.jsonl."""
+    """Held-out problems, in nothing that is trained on; of files always all of test.jsonl."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
@@ -465,7 +519,9 @@ class ProblemConfig:
         _require(self.max_terms >= self.min_terms, self, "max_terms", f"must be at least min_terms = {self.min_terms}")
         _require_fraction(self, "worked_fraction", "step_error_rate", "bare_fraction")
         _require_not_negative(self, "guess_std")
-        if self.source == "arithmetic":
+        _require_fraction(self, "curriculum_threshold")
+        _require_positive(self, "curriculum_window")
+        if self.source in ("arithmetic", "words"):
             available = sum(number // 2 for number in arithmetic_problems_by_length(self).values())
             _require(
                 self.test_problems <= available,
@@ -474,55 +530,154 @@ class ProblemConfig:
                 f"must not exceed {available}, half of the problems with {self.min_terms} to {self.max_terms} terms"
                 f" up to {self.max_term}",
             )
-        if self.source == "arithmetic":
-            _require(not self.path, self, "path", "is for --data.source gsm8k; arithmetic is generated")
-            _require(not self.task, self, "task", "is for --data.source reasoning_gym; arithmetic is generated")
-        if self.source == "gsm8k":
+        if self.source in ("gsm8k", "math"):
             _require(bool(self.path), self, "path", "name the folder that holds train.jsonl and test.jsonl")
+        elif self.source != "code":
+            _require(not self.path, self, "path", f"is for files (--data.source gsm8k); {self.source} is generated")
         if self.source == "reasoning_gym":
             _require(bool(self.task), self, "task", "name a task of reasoning-gym, e.g. chain_sum")
+        else:
+            _require(not self.task, self, "task", f"is for --data.source reasoning_gym, not for {self.source}")
+            _require(
+                not self.curriculum_threshold,
+                self,
+                "curriculum_threshold",
+                "is for --data.source reasoning_gym, whose tasks have levels; use 0",
+            )
 
 
 def arithmetic_problems_by_length(config: ProblemConfig) -> dict[int, int]:
     """How many different problems there are, by number of terms."""
     choices = config.max_term * len(config.operations)
+    told = 2 if config.source == "words" and config.operations == "+-" else 1  # stories have no amounts below zero
     lengths = range(config.min_terms, config.max_terms + 1)
-    return {length: config.max_term * choices ** (length - 1) for length in lengths}
+    return {length: config.max_term * choices ** (length - 1) // told for length in lengths}
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The reward is accuracy · (format if `accuracy_needs_format`) + format_weight · format."""
+    """The reward is accuracy · (format if `accuracy_needs_format`) plus the parts below, each times its weight.
+
+    A part of weight 0 is not computed, format aside. A part that says nothing of a completion (None) is left out of its
+    sum.
+    """
 
     format_weight: float = 0.1
     accuracy_needs_format: bool = True
+    partial_credit: bool = False
+    """Pay for answers that are partly right where the source can tell (reasoning_gym, code): `credit` in the place of
+    accuracy. A policy learns to collect it."""
+    language_weight: float = 0.0
+    """Share of the thinking's words that are in `language` (DeepSeek-R1)."""
+    language: Literal["latin", "zh", "ja", "ko", "ru", "ar", "el", "he", "hi", "th"] = "latin"
+    """By script alone: English and French are both "latin"."""
+    length_weight: float = 0.0
+    """Share of the room that the completion takes; negative favours short ones. The soft punishment of overlong ones is
+    `RLConfig.overlong_buffer`."""
+    repetition_weight: float = 0.0
+    """Minus the share of word n-grams that repeat an earlier one ..."""
+    repetition_ngram: int = 3
+    """... of so many words."""
     random: bool = False
     """Control: rewards drawn by a coin, blind to the completion."""
 
     def __post_init__(self) -> None:
-        _require_not_negative(self, "format_weight")
+        _require_literals(self)
+        _require_not_negative(self, "format_weight", "language_weight", "repetition_weight")
+        _require_positive(self, "repetition_ngram")
 
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """GRPO's objective, under the names of the field (see `losses/policy.py`)."""
+    """A policy objective, from options that combine (see `losses/policy.py`; `rl/objectives.py` has the named ones)."""
 
+    baseline: Literal["group", "leave_one_out", "batch", "none", "critic"] = "group"
+    """What a sample's reward is compared with: its group's mean (GRPO), the mean of the others in its group (RLOO), the
+    batch's mean or nothing (REINFORCE), or a critic's value of each token's state (PPO, see `CriticConfig`)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that advantages are divided by: the group's, the batch's, or none (Dr. GRPO)."""
+    """Standard deviation that advantages are divided by: the group's, the batch's, or none (Dr. GRPO). With a critic,
+    "batch" whitens the tokens' advantages."""
+    surrogate: Literal["clip", "cispo", "reinforce"] = "clip"
+    """Clipped ratio times advantage (PPO, GRPO); log-probability weighted by the clipped ratio, a constant, so that no
+    token loses its gradient (CISPO); or by the advantage alone (REINFORCE, for one update per batch of samples)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whose ratio: each token's, or the geometric mean over the sequence (GSPO)."""
     epsilon: float = 0.2
-    """The ratio is clipped to 1 - epsilon ..."""
+    """The ratio is clipped to 1 - epsilon (1 or more: not from below) ..."""
     epsilon_high: float = 0.2
     """... and 1 + epsilon_high."""
     beta: float = 0.0
-    """Weight of the KL divergence (k3) to the reference policy; 0 keeps no reference in memory."""
-    aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
-    """Mean over all tokens (DAPO), or over each sequence and then over sequences (GRPO)."""
+    """Weight of the KL divergence to the reference policy; 0 keeps no reference in memory."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_weighted"] = "k3"
+    """How the divergence is estimated from the sampled tokens; `losses.policy.kl_estimate` has the formulas. In the
+    loss, k1 pushes nowhere on average, k2 and k3_weighted (DeepSeek-V3.2) have the divergence's gradient."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the divergence goes: a term of the loss (GRPO), or a penalty on rewards (PPO, RLOO)."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """Mean over all tokens (DAPO); or over sequences, of their tokens' mean (GRPO), sum, or sum divided by the most
+    tokens that a completion may have (Dr. GRPO)."""
+    off_policy_mask_threshold: float = 0.0
+    """Leave a sequence of negative advantage out when the policy has moved away from it by more than this many nats a
+    token (DeepSeek-V3.2); 0 leaves none out."""
+    sampler_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Weights for the difference between the sampler's and the trainer's probabilities: truncated importance sampling,
+    or leaving out what exceeds the bound. Costs a forward pass."""
+    sampler_correction_max: float = 3.0
+    """The bound on these weights."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
-        _require_positive(self, "epsilon", "epsilon_high")
-        _require_not_negative(self, "beta")
-        _require(self.epsilon < 1, self, "epsilon", "must be less than 1, or the ratio is never clipped from below")
+        _require_positive(self, "epsilon", "epsilon_high", "sampler_correction_max")
+        _require_not_negative(self, "beta", "off_policy_mask_threshold")
+        if self.baseline == "critic":
+            _require(
+                self.scale_rewards != "group",
+                self,
+                "scale_rewards",
+                "a critic has no groups: use 'batch' (whitened advantages) or 'none'",
+            )
+        if self.surrogate == "reinforce":
+            _require(
+                self.importance_sampling_level == "token",
+                self,
+                "importance_sampling_level",
+                "has no effect with surrogate = 'reinforce', which has no ratio; use 'token'",
+            )
+        if self.kl_in == "reward":
+            _require(self.beta > 0, self, "kl_in", "has no effect with beta = 0; use 'loss'")
+            _require(
+                self.kl_estimator != "k3_weighted",
+                self,
+                "kl_estimator",
+                "is for kl_in = 'loss'; among rewards the ratio is 1, use 'k3'",
+            )
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """PPO's value function and generalised advantage estimation; counts with `PolicyLossConfig.baseline = "critic"`."""
+
+    kind: Literal["separate", "shared"] = "separate"
+    """A model of its own, which starts as a copy of the policy; or a second head on the policy's trunk."""
+    gamma: float = 1.0
+    """Discount of rewards per token."""
+    lam: float = 1.0
+    """λ of the advantage estimation: 1 takes whole returns, less leans on the critic. DeepSeek-R1's appendix finds 0.95
+    far worse for long answers."""
+    cliprange_value: float = 0.5
+    """Values move at most this far from the old ones before their loss loses its gradient; 0 does not clip."""
+    value_loss_coef: float = 0.5
+    """shared: weight of the value loss beside the policy's (`vf_coef`)."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="constant")
+    """separate: how the value model is trained."""
+
+    def __post_init__(self) -> None:
+        _require_literals(self)
+        _require_fraction(self, "gamma", "lam")
+        _require_not_negative(self, "cliprange_value")
+        _require_positive(self, "value_loss_coef")
 
 
 @dataclass(frozen=True)
@@ -543,18 +698,36 @@ class RLConfig:
     mask_truncated_completions: bool = False
     """Leave completions that did not stop by themselves out of the loss."""
     min_active_groups: float = 0.05
-    """Skip the update when a smaller share of groups than this has rewards that differ."""
+    """Skip the update when a smaller share of groups than this has rewards that differ; for baselines from groups."""
+    filter_groups: str = ""
+    """Dynamic sampling (DAPO): a part of the reward ("accuracy", or "reward" itself) in which the samples of a group
+    have to differ; groups in which they do not are replaced by those of fresh problems. Empty: off."""
+    max_num_gen_batches: int = 10
+    """Dynamic sampling: batches of `num_prompts` problems that a step may sample at most."""
+    overlong_buffer: int = 0
+    """Soft overlong punishment (DAPO eq. 13): over the last so many of `max_new_tokens` tokens the reward falls, in the
+    end by `overlong_penalty`; 0: off."""
+    overlong_penalty: float = 1.0
     reference_refresh_steps: int = 0
     """Replace the reference policy by the current one every so many steps; 0 never."""
     loss: PolicyLossConfig = PolicyLossConfig()
+    critic: CriticConfig = CriticConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "num_prompts", "num_iterations", "num_minibatches", "accumulation_steps")
-        _require(self.group_size >= 2, self, "group_size", "must be at least 2, an advantage compares samples")
-        _require_not_negative(self, "reference_refresh_steps")
+        _require_positive(self, "group_size", "max_num_gen_batches")
+        if self.loss.baseline in ("group", "leave_one_out") or self.loss.scale_rewards == "group" or self.filter_groups:
+            _require(self.group_size >= 2, self, "group_size", "must be at least 2, an advantage compares samples")
+        _require_not_negative(self, "reference_refresh_steps", "overlong_buffer", "overlong_penalty")
+        _require(
+            self.overlong_buffer <= self.sampling.max_new_tokens,
+            self,
+            "overlong_buffer",
+            f"must not exceed sampling.max_new_tokens = {self.sampling.max_new_tokens}",
+        )
         if self.reference_refresh_steps:
             _require(
                 self.loss.beta > 0, self, "reference_refresh_steps", "has no effect with loss.beta = 0: no reference"

@@ -176,7 +176,7 @@ def deepseek_v3() -> ModelConfig:
             bias_update_rate=0.001,  # 0 for the last 500B of the 14.8T tokens
             sequence_balance_coef=1e-4,
         ),
-        mtp=MTPConfig(depth=1, loss_coef=0.3),  # 0.1 after 10T tokens
+        mtp=MTPConfig(depth=1, loss_coef=0.3, late_loss_coef=0.1, late_after_tokens=10_000_000_000_000),
         max_position=163_840,
         rms_norm_eps=1e-6,
         # What the model was trained from (report §4.2); the released configuration's 0.02 is a library's default.

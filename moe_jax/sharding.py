@@ -9,14 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import ConfigError, MeshConfig
+
+Tree = TypeVar("Tree")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -29,7 +34,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     # activations
     "batch": ("data", "fsdp", "expert"),
-    "sequence": None,
+    "sequence": "context",
+    "rows": ("data", "fsdp", "expert", "context"),
     "activation": None,
 }
 """Logical axis → mesh axis, or axes, or None for replicated."""
@@ -88,15 +94,44 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) 
     return PartitionSpec(*spec)
 
 
+def token_axes(shape: Sequence[int], mesh: Any = None) -> tuple[str, str | None]:
+    """The logical axes of the first two dimensions of an array [B, S, ...] of tokens.
+
+    The mesh's axis `context` divides sequences in twice as many chunks as it has devices (`balanced`). Where they do
+    not go up, and when decoding, which has one position, it divides the rows like the other axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty or mesh.shape["context"] == 1 or shape[1] % (2 * mesh.shape["context"]) == 0:
+        return "batch", "sequence"
+    return ("rows" if shape[0] % _devices("rows", mesh) == 0 else "batch"), None
+
+
+def token_shards(shape: Sequence[int]) -> tuple[int, int]:
+    """Over how many devices the rows and the columns of an array [B, S, ...] of tokens lie, on the mesh that
+    `jax.set_mesh` put in place."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, 1
+    rows, columns = token_axes(shape, mesh)
+    devices = _devices(rows, mesh)
+    return devices if shape[0] % devices == 0 else 1, _devices(columns, mesh) if columns else 1
+
+
+def _devices(axis: str, mesh: Any) -> int:
+    rule = RULES[axis] or ()
+    return math.prod(mesh.shape[name] for name in ((rule,) if isinstance(rule, str) else rule))
+
+
 def own_rows(num_rows: int, mesh: Mesh) -> list[int]:
     """Which rows of a batch lie on this process's devices; with one process, all. Axes other than the batch's repeat
     rows, so that several processes may have the same ones."""
-    rows = _batch_sharding((num_rows,), mesh).addressable_devices_indices_map((num_rows,)).values()
+    spec = NamedSharding(mesh, partition_spec(("batch",), (num_rows,), mesh))
+    rows = spec.addressable_devices_indices_map((num_rows,)).values()
     return sorted({row for index in rows if index is not None for row in range(*index[0].indices(num_rows))})
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int | None = None) -> dict[str, jax.Array]:
-    """Places a batch on the mesh; rows that do not divide over it are replicated and warned of.
+    """Places a batch's arrays, [B] and [B, S, ...], on the mesh; what does not divide is replicated and warned of.
 
     Args:
         batch: all rows, the same in every process; or, of a batch of `num_rows`, this process's `own_rows` in order.
@@ -108,19 +143,21 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int | None = N
 
     def put(x: np.ndarray) -> jax.Array:
         whole = len(x) if num_rows is None else num_rows
-        if batch_shards(whole, mesh) == 1:
-            _warn_of_replication(whole, mesh)
         place_R = np.arange(whole)
         if own is not None:
             place_R[own] = np.arange(len(x))
         shape = (whole, *x.shape[1:])
-        return jax.make_array_from_callback(shape, _batch_sharding(shape, mesh), lambda index: x[place_R[index[0]]])  # pyright: ignore[reportOptionalSubscript]
+        axes = token_axes(shape, mesh) if len(shape) > 1 else ("batch",)
+        spec = partition_spec(axes + (None,) * (len(shape) - len(axes)), shape, mesh)
+        _warn_of_replication(shape, spec, mesh)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return x[(place_R[index[0]], *index[1:])]
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
 
     return {name: put(x) for name, x in batch.items()}
-
-
-def _batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
 
 
 def replicate(tree: Any) -> Any:
@@ -131,35 +168,101 @@ def replicate(tree: Any) -> Any:
 
 
 @functools.cache
-def _warn_of_replication(rows: int, mesh: Mesh) -> None:
-    wanted = _batch_devices(mesh)
-    if wanted == 1:
-        return
-    message = "%d rows of a batch do not divide over the %d devices of the axes %s: every device works on all of them."
-    logging.getLogger(__name__).warning(message, rows, wanted, RULES["batch"])
-
-
-def _batch_devices(mesh: Any) -> int:
-    return int(np.prod([mesh.shape[name] for name in RULES["batch"] or ()]))
-
-
-def batch_shards(rows: int, mesh: Any = None) -> int:
-    """Over how many devices `rows` of a batch lie, on `mesh` or on the one that `jax.set_mesh` put in place."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    shards = 1 if mesh.empty else _batch_devices(mesh)
-    return shards if rows % shards == 0 else 1
+def _warn_of_replication(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    used = set(jax.tree.leaves(tuple(spec)))
+    idle = [axis for axis in RULES["rows"] or () if mesh.shape[axis] > 1 and axis not in used]
+    if idle and (len(shape) > 1 or idle != ["context"]):
+        message = "Rows and columns %s of a batch do not divide over the axes %s: their devices repeat the same work."
+        logging.getLogger(__name__).warning(message, shape[:2], idle)
 
 
 def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """f(x) for an f that works on each row of the batch alone: on each device for its own rows.
+    """f(x) for an f that works on each row, or each token of [B, S, ...], alone: on each device for its own.
 
     For operations that XLA's partitioner does not divide (`top_k`), before which it would gather all rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or batch_shards(x.shape[0], mesh) == 1:
+    if mesh.empty:
         return f(x)
-    rows = PartitionSpec(RULES["batch"])
-    return jax.shard_map(f, in_specs=rows, out_specs=rows, check_vma=False)(x)
+    axes = token_axes(x.shape) if x.ndim > 2 else ("batch", None)
+    spec = partition_spec(axes + (None,) * (x.ndim - 2), x.shape, mesh)
+    if not any(spec):
+        return f(x)
+    return jax.shard_map(f, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def by_queries(f: Callable[..., jax.Array], queries: Any, keys: Any, weights: Any) -> jax.Array:
+    """f(queries, keys, weights), [B, S, ...], where each query needs all keys: on each device of the axis `context` for
+    its own queries, with the keys of all; queries and keys are trees of arrays [B, S, ...].
+
+    The keys are gathered, in the backward pass once more, and their gradients reduce-scattered.
+    """
+    if not _divides_sequences(jax.tree.leaves(queries)[0].shape[1]):
+        return f(queries, keys, weights)
+
+    @jax.checkpoint
+    def shard(queries: Any, keys: Any, weights: Any) -> jax.Array:
+        return f(queries, jax.tree.map(lambda x: lax.all_gather(x, "context", axis=1, tiled=True), keys), weights)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    queries_specs, keys_specs = (jax.tree.map(functools.partial(_columns, mesh=mesh), x) for x in (queries, keys))
+    in_specs, out_specs = (queries_specs, keys_specs, PartitionSpec()), jax.tree.leaves(queries_specs)[0]
+    # Heads stay XLA's to divide, over `tensor`. Left to it, rows would be gathered.
+    names = set(RULES["rows"] or ())
+    mapped = jax.shard_map(shard, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+    return mapped(queries, keys, weights)
+
+
+def _columns(x: jax.Array, mesh: Any, axis: int = 1) -> PartitionSpec:
+    """That of an array of tokens whose rows are on the dimension before `axis`, where the columns are divided."""
+    axes = (None,) * (axis - 1) + ("batch", "sequence")
+    return partition_spec(axes + (None,) * (x.ndim - len(axes)), x.shape, mesh)
+
+
+def balanced(tree: Tree, axis: int = 1) -> Tree:
+    """The tree's arrays with the columns of `axis` in the order in which attention shares its work evenly.
+
+    Where the axis `context` has C devices, device i gets chunks i and 2C-1-i of the 2C that a sequence is cut into
+    (Llama 3, arXiv:2407.21783 §3.3.2): under a causal mask a chunk's work grows with its place. Otherwise the arrays
+    themselves.
+    """
+    return jax.tree.map(functools.partial(_exchange_chunks, axis=axis, forth=True), tree)
+
+
+def in_order(tree: Tree, axis: int = 1) -> Tree:
+    """Undoes `balanced`."""
+    return jax.tree.map(functools.partial(_exchange_chunks, axis=axis, forth=False), tree)
+
+
+def _exchange_chunks(x: jax.Array, axis: int, forth: bool) -> jax.Array:
+    if not _divides_sequences(x.shape[axis]):
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    C = mesh.shape["context"]
+    routes = [[(chunk // 2, min(chunk, 2 * C - 1 - chunk)) for chunk in range(parity, 2 * C, 2)] for parity in (0, 1)]
+    if not forth:
+        routes = [[(target, source) for source, target in route] for route in routes]
+
+    def swapped(keep: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.where(keep, a, b), jnp.where(keep, b, a)
+
+    def move(x: jax.Array) -> jax.Array:
+        # A device has an even chunk and an odd one in both orders; in the balanced one an odd device has the odd first.
+        is_even = lax.axis_index("context") % 2 == 0
+        pair = tuple(jnp.split(x, 2, axis=axis))
+        pair = pair if forth else swapped(is_even, *pair)
+        pair = tuple(lax.ppermute(x, "context", route) for x, route in zip(pair, routes, strict=True))
+        pair = swapped(is_even, *pair) if forth else pair
+        return jnp.concatenate(pair, axis=axis)
+
+    spec, names = _columns(x, mesh, axis), set(RULES["rows"] or ())
+    return jax.shard_map(move, in_specs=spec, out_specs=spec, axis_names=names, check_vma=False)(x)
+
+
+def _divides_sequences(length: int) -> bool:
+    """Whether a sequence of this length lies on several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["context"] > 1 and length % (2 * mesh.shape["context"]) == 0
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

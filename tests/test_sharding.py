@@ -10,13 +10,23 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, MoEConfig, MTPConfig
 from moe_jax.model.definition import Definition
-from moe_jax.sharding import RULES, constrain, make_mesh, partition_spec, put_batch
+from moe_jax.sharding import (
+    RULES,
+    balanced,
+    constrain,
+    in_order,
+    make_mesh,
+    partition_spec,
+    put_batch,
+    token_axes,
+    token_shards,
+)
 
 MESH = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
 
 
 def test_free_axis_takes_the_devices_that_are_left():
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape)["fsdp"] == 2
     assert make_mesh(MeshConfig(data=1)).size == 1
 
@@ -88,6 +98,41 @@ def test_batches_are_divided_by_rows_where_that_goes_up():
     assert batch["odd"].sharding.is_fully_replicated
     np.testing.assert_array_equal(batch["even"], even)
     np.testing.assert_array_equal(batch["odd"], odd)
+
+
+CONTEXT = make_mesh(MeshConfig(data=1, fsdp=2, context=4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "shards"),
+    [
+        ((2, 16), ("batch", "sequence"), (2, 4)),
+        ((8, 1), ("rows", None), (8, 1)),  # decoding
+        ((8, 12), ("rows", None), (8, 1)),
+        ((2, 12), ("batch", None), (2, 1)),
+        ((3, 16), ("batch", "sequence"), (1, 4)),
+    ],
+)
+def test_context_divides_columns_or_else_rows(shape, axes, shards):
+    assert token_axes(shape, CONTEXT) == axes and token_axes(shape, MESH) == ("batch", "sequence")
+    with jax.set_mesh(CONTEXT):
+        assert token_shards(shape) == shards
+    x = np.arange(np.prod(shape)).reshape(shape)
+    placed = put_batch({"x": x}, CONTEXT)["x"]
+    np.testing.assert_array_equal(placed, x)
+    assert placed.sharding.shard_shape(shape) == (shape[0] // shards[0], shape[1] // shards[1])
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_balanced_columns_pair_early_with_late_chunks(devices):
+    x = np.arange(4 * devices)[None]
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices))):
+        there = jax.jit(balanced)(x)
+        back = jax.jit(in_order)(there)
+    first, last = (np.arange(2 * devices).reshape(-1, 2) + shift for shift in (0, 2 * devices))
+    np.testing.assert_array_equal(there[0], np.stack([first, last[::-1]], axis=1).reshape(-1))
+    np.testing.assert_array_equal(back, x)
+    assert len(there.sharding.device_set) == devices
 
 
 def test_constrain_is_nothing_without_a_mesh_and_a_constraint_with_one():

@@ -37,8 +37,11 @@ def parameter_counts(cfg: ModelConfig) -> ParameterCounts:
     dense = cfg.num_dense_layers * dense_layer + d  # and the final norm
     non_embedding = dense + cfg.num_moe_layers * moe_layer
     active_non_embedding = dense + cfg.num_moe_layers * active_moe_layer
-    # A module is a block like the model's last, the projection from [embedding; hidden], and three norms.
-    mtp_module = (moe_layer if cfg.moe.num_experts else dense_layer) + 2 * d * d + 3 * d
+    # A module is a block like the model's last, the projection from [embedding; hidden], and three norms; a parallel
+    # head is the block and the last norm.
+    mtp_module = (moe_layer if cfg.moe.num_experts else dense_layer) + d
+    if cfg.mtp.kind == "causal":
+        mtp_module += 2 * d * d + 2 * d
     return ParameterCounts(
         total=non_embedding + embeddings,
         active=active_non_embedding + embeddings,
@@ -57,7 +60,8 @@ def training_flops_per_token(
         sequence_length: tokens S that attend to each other.
         causal: count only the half of the attention scores that a causal mask keeps (S/2 keys a token on average);
             false counts all S, as some publications do.
-        include_mtp: add the MTP modules, each a block, its projection and another pass through the head.
+        include_mtp: add the MTP modules, each a block, its projection (which parallel heads lack) and another pass
+            through the head.
     """
     a = cfg.attention
     qk_and_v = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim if a.kind == "mla" else 2 * a.head_dim
@@ -71,7 +75,8 @@ def training_flops_per_token(
     forward = cfg.num_dense_layers * dense_layer + cfg.num_moe_layers * moe_layer + head
     if include_mtp:
         block = moe_layer if cfg.moe.num_experts else dense_layer
-        forward += cfg.mtp.depth * (block + 2 * 2 * cfg.hidden_size**2 + head)
+        projection = 2 * 2 * cfg.hidden_size**2 if cfg.mtp.kind == "causal" else 0
+        forward += cfg.mtp.depth * (block + projection + head)
     return 3 * forward
 
 

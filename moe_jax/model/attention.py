@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, yarn_mscale
-from moe_jax.ops.attention import attention
+from moe_jax.ops.attention import Causal, Tokens, attention
+from moe_jax.sharding import by_queries
 
 
 class Entries(NamedTuple):
@@ -65,15 +65,20 @@ class MLA(nnx.Module):
         key_BSR = apply_rope(key_BSR[:, :, None], rot, self.cfg.rope.layout)[:, :, 0]
         return Entries(self.key_value_norm(latent_BSC), key_BSR)
 
-    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
-        latent_BTC, key_BTR = entries
+    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, tokens: Tokens) -> Array:
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
-        expanded = jnp.einsum("BTC,CHN->BTHN", latent_BTC, self.key_value_b_CHN[...].astype(x_BSD.dtype))
-        key_BTHN, value_BTHV = jnp.split(expanded, [self.cfg.qk_nope_head_dim], axis=-1)
-        key_BTHR = jnp.broadcast_to(key_BTR[:, :, None], (*key_BTHN.shape[:3], key_BTR.shape[-1]))
+
+        # Between devices that share a sequence the latent travels, not the keys and values that are made of it.
+        def mix(queries: tuple[Array, Tokens], keys: tuple[Entries, Tokens], expand_CHN: Array) -> Array:
+            query, (latent_BTC, key_BTR) = queries[0], keys[0]
+            expanded = jnp.einsum("BTC,CHN->BTHN", latent_BTC, expand_CHN.astype(latent_BTC.dtype))
+            key_BTHN, value_BTHV = jnp.split(expanded, [self.cfg.qk_nope_head_dim], axis=-1)
+            key_BTHR = jnp.broadcast_to(key_BTR[:, :, None], (*key_BTHN.shape[:3], key_BTR.shape[-1]))
+            key = jnp.concatenate([key_BTHN, key_BTHR], axis=-1)
+            return attention(query, key, value_BTHV, Causal(queries[1], keys[1]), self.scale)
+
         query = jnp.concatenate([query_BSHN, query_BSHR], axis=-1)
-        key = jnp.concatenate([key_BTHN, key_BTHR], axis=-1)
-        return self._output(attention(query, key, value_BTHV, mask_BST, self.scale))
+        return self._output(by_queries(mix, (query, tokens), (entries, tokens), self.key_value_b_CHN[...]))
 
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
         latent_BTC, key_BTR = entries
@@ -128,17 +133,25 @@ class GQA(nnx.Module):
             key_BSKW = _norm_heads(self.key_norm, key_BSKW, self.cfg)
         return Entries(apply_rope(key_BSKW, rot, self.cfg.rope.layout), value_BSKW)
 
-    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
+    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, tokens: Tokens) -> Array:
+        def mix(queries: tuple[Array, Tokens], keys: tuple[Entries, Tokens], _: None) -> Array:
+            return attention(queries[0], *keys[0], Causal(queries[1], keys[1]), self.scale)
+
+        return self._output(by_queries(mix, (self._queries(x_BSD, rot), tokens), (entries, tokens), None))
+
+    def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
+        return self._output(attention(self._queries(x_BSD, rot), *entries, mask_BST, self.scale))
+
+    def _queries(self, x_BSD: Array, rot: Rotation) -> Array:
         query_BSHW = jnp.einsum("BSD,DHW->BSHW", x_BSD, self.query_DHW[...].astype(x_BSD.dtype))
         if self.cfg.qkv_bias:
             query_BSHW += self.query_bias[...].reshape(query_BSHW.shape[2:]).astype(x_BSD.dtype)
         if self.cfg.qk_norm != "none":
             query_BSHW = _norm_heads(self.query_norm, query_BSHW, self.cfg)
-        query_BSHW = apply_rope(query_BSHW, rot, self.cfg.rope.layout)
-        mixed_BSHW = attention(query_BSHW, entries.first, entries.second, mask_BST, self.scale)
-        return jnp.einsum("BSHW,HWD->BSD", mixed_BSHW, self.output_HWD[...].astype(mixed_BSHW.dtype))
+        return apply_rope(query_BSHW, rot, self.cfg.rope.layout)
 
-    attend_cached = attend
+    def _output(self, mixed_BSHW: Array) -> Array:
+        return jnp.einsum("BSHW,HWD->BSD", mixed_BSHW, self.output_HWD[...].astype(mixed_BSHW.dtype))
 
 
 def _norm_heads(norm: RMSNorm, x_BSHW: Array, cfg: AttentionConfig) -> Array:
@@ -163,11 +176,3 @@ def make_attention(cfg: ModelConfig, init: Initializer) -> MLA | GQA:
 def rotary_dim(cfg: AttentionConfig) -> int:
     """Width of the rotated part of a head."""
     return cfg.qk_rope_head_dim if cfg.kind == "mla" else cfg.head_dim
-
-
-def causal_mask(segment_ids_BS: Array) -> Array:
-    """[B, S, S], True where a position may see another: not later, of the same document, not padding (segment 0)."""
-    S = segment_ids_BS.shape[1]
-    same_BST = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    causal_ST = jax.lax.broadcasted_iota(jnp.int32, (S, S), 0) >= jax.lax.broadcasted_iota(jnp.int32, (S, S), 1)
-    return same_BST & causal_ST & (segment_ids_BS > 0)[:, None, :]

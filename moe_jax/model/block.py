@@ -5,6 +5,7 @@ B batch, S sequence, T cached positions, D model, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,22 +18,23 @@ from moe_jax.model.attention import Entries, make_attention
 from moe_jax.model.layers import Initializer, RMSNorm, Rotation, SwiGLU, rematerialised
 from moe_jax.model.moe import MoE
 from moe_jax.model.router import RouterStats
-from moe_jax.sharding import constrain
+from moe_jax.ops.attention import Tokens
+from moe_jax.sharding import constrain, token_axes
 
 
 class Context(NamedTuple):
     """What every block needs besides its input."""
 
     rot: Rotation
-    mask: Array
-    """[B, S, S], or [B, S, T] when decoding from a cache."""
+    seen: Array | Tokens
+    """What decides which tokens see which: where they stand; or a mask [B, S, T] when decoding from a cache."""
     valid_BS: Array
     router_keys_BS: Array
     """What hash or uniform routing goes by (`router.fixed_experts`)."""
     decode: bool
     """Attend to the cache (True) or to the sequence itself (False: training, prefill)."""
     column: Array | int
-    """Where in the cache the sequence is written."""
+    """Where in the cache the sequence is written: one number, or one for each row, [B]."""
     drop_tokens: bool
     """Whether experts drop what exceeds their capacity, if they have one: in the training loss only."""
 
@@ -52,31 +54,41 @@ class Block(nnx.Module):
     ) -> tuple[Array, RouterStats | None, Entries | None]:
         """Returns the block's output, its router's statistics if it is sparse, and the caches with its entries.
 
-        `layer` is its number among the blocks of its kind: its place in the caches, and what hash routing is salted by.
+        `layer` is its number among the blocks of its kind: its place in the caches, unless they are this block's alone,
+        and what hash routing is salted by.
         """
         normed = self.attention_norm(x_BSD)
         with jax.named_scope("attention"):
             entries = self.attention.entries(normed, ctx.rot)
+            slot = 0 if caches is None or len(caches.first) == 1 else layer
             if caches is not None:
-                caches = Entries(*(_write(c, e, layer, ctx.column) for c, e in zip(caches, entries, strict=True)))
+                caches = Entries(*(write(c, e, slot, ctx.column) for c, e in zip(caches, entries, strict=True)))
             if ctx.decode:
-                assert caches is not None
-                cached = Entries(*(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in caches))
-                x_BSD += self.attention.attend_cached(normed, ctx.rot, cached, ctx.mask)
+                assert caches is not None and not isinstance(ctx.seen, Tokens)
+                cached = Entries(*(jax.lax.dynamic_index_in_dim(c, slot, keepdims=False) for c in caches))
+                x_BSD += self.attention.attend_cached(normed, ctx.rot, cached, ctx.seen)
             else:
-                x_BSD += self.attention.attend(normed, ctx.rot, entries, ctx.mask)
+                assert isinstance(ctx.seen, Tokens)
+                x_BSD += self.attention.attend(normed, ctx.rot, entries, ctx.seen)
         normed = self.ffn_norm(x_BSD)
         with jax.named_scope("ffn"):
             if isinstance(self.ffn, MoE):
                 y_BSD, stats = self.ffn(normed, ctx.valid_BS, ctx.router_keys_BS, layer, ctx.drop_tokens)
             else:
                 y_BSD, stats = self.ffn(normed), None
-        return constrain(x_BSD + y_BSD, "batch", "sequence", "activation"), stats, caches
+        return constrain(x_BSD + y_BSD, *token_axes(x_BSD.shape), "activation"), stats, caches
 
 
-def _write(cache: Array, entry: Array, layer: Array | int, column: Array | int) -> Array:
-    start = (layer, 0, column, *[0] * (entry.ndim - 2))
-    return jax.lax.dynamic_update_slice(cache, entry[None].astype(cache.dtype), start)
+def write(cache: Array, entry: Array, layer: Array | int, column: Array | int) -> Array:
+    """The cache [L, B, T, ...] with a layer's entry [B, S, ...] from a column on, or from each row's own."""
+    entry, rest = entry.astype(cache.dtype), [0] * (entry.ndim - 2)
+    if jnp.ndim(column) and len(entry) > 1:
+
+        def write_row(cache: Array, entry: Array, column: Array) -> Array:
+            return jax.lax.dynamic_update_slice(cache, entry[None], (layer, column, *rest))
+
+        return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(cache, entry, jnp.asarray(column))
+    return jax.lax.dynamic_update_slice(cache, entry[None], (layer, 0, jnp.reshape(column, ()), *rest))
 
 
 def stack_blocks(cfg: ModelConfig, count: int, sparse: bool, rngs: nnx.Rngs) -> Block | None:
@@ -86,11 +98,22 @@ def stack_blocks(cfg: ModelConfig, count: int, sparse: bool, rngs: nnx.Rngs) -> 
     return jax.vmap(lambda key: Block(cfg, sparse, nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
+def unstack(blocks: Block) -> list[Block]:
+    """The blocks of a stack, one by one."""
+    return [jax.tree.map(lambda x, n=n: x[n], blocks) for n in range(len(jax.tree.leaves(blocks)[0]))]
+
+
 def run_blocks(
-    blocks: Block | None, x_BSD: Array, ctx: Context, caches: Entries | None, remat: str
-) -> tuple[Array, RouterStats | None, Entries | None]:
-    """Scans over stacked blocks, so that compile time does not grow with depth."""
+    blocks: Block | Sequence[Block] | None, x_BSD: Array, ctx: Context, caches: Any, remat: str
+) -> tuple[Array, RouterStats | None, Any]:
+    """Scans over stacked blocks, so that compile time does not grow with depth; runs a sequence of blocks, each with
+    its own cache, one by one, without statistics."""
     if blocks is None:
+        return x_BSD, None, caches
+    if not isinstance(blocks, Block):
+        caches = list(caches)
+        for n, block in enumerate(blocks):
+            x_BSD, _, caches[n] = block(x_BSD, ctx, caches[n], n)
         return x_BSD, None, caches
 
     def body(carry: tuple[Array, Any], layer_and_block: tuple[Array, Block]) -> tuple[tuple[Array, Any], Any]:

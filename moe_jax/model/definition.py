@@ -30,12 +30,15 @@ class Definition:
     graph: Any
     variables: dict[str, nnx.Variable]
     """Each array's shape, dtype and metadata (`axes`, `roles`), by name, parameters and rest together."""
+    value_head: bool
+    """Whether it has a second head, of values (`Transformer`)."""
 
     @classmethod
-    def of(cls, cfg: ModelConfig) -> Definition:
-        abstract = jax.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))
+    def of(cls, cfg: ModelConfig, value_head: bool = False) -> Definition:
+        abstract = jax.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0), value_head))
         graph, state = nnx.split(abstract)
-        return cls(cfg, graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)})
+        variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+        return cls(cfg, graph, variables, value_head)
 
     @property
     def param_names(self) -> list[str]:
@@ -45,7 +48,7 @@ class Definition:
         """New weights; with a mesh, each is created in its shards and is never whole on one device."""
 
         def create() -> tuple[Arrays, Arrays]:
-            return self.split(Transformer(self.cfg, nnx.Rngs(key)))
+            return self.split(Transformer(self.cfg, nnx.Rngs(key), self.value_head))
 
         return jax.jit(create, out_shardings=self.shardings(mesh) if mesh else None)()
 

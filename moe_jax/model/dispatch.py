@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moe_jax.config import MoEConfig
-from moe_jax.sharding import partition_spec
+from moe_jax.sharding import partition_spec, token_axes
 
 Work = Callable[..., Array]
 """work(x_TD, weights_TK, slots, group_sizes_E, *arrays) → y_TD float32: each token's weighted sum over its experts.
@@ -66,7 +66,7 @@ def dispatch(
     if mesh.empty or mesh.size == 1:
         return _local(_flat(x_BSD), _flat(experts_BSK), _flat(weights_BSK), arrays, work, cfg).reshape(x_BSD.shape)
 
-    tokens = partition_spec(("batch", None, None), x_BSD.shape, mesh)
+    tokens = partition_spec((*token_axes(x_BSD.shape), None), x_BSD.shape, mesh)
     specs = [partition_spec(names, array.shape, mesh) for names, array in zip(axes, arrays, strict=True)]
     strategy = _strategy(cfg, mesh.shape["expert"] if specs[0][0] is not None else 1, tokens[0] is not None)
 

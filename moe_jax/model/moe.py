@@ -104,20 +104,18 @@ class MoE(nnx.Module):
 
         `keys_BS` and `layer` are for routers that are not learned; `drop` applies the capacity, if there is one.
         """
-        B, S, D = x_BSD.shape
         with jax.named_scope("router"):
-            routed = self.router(x_BSD.reshape(B * S, D), keys_BS.reshape(B * S), layer)
-            valid_T1 = valid_BS.reshape(B * S, 1)
-            experts_TK = jnp.where(valid_T1, routed.experts_TK, self.cfg.num_experts)
-            dropped_T = jnp.zeros(B * S)
+            routed = self.router(x_BSD, keys_BS, layer)
+            experts_BSK = jnp.where(valid_BS[..., None], routed.experts_TK, self.cfg.num_experts)
+            dropped_BS = jnp.zeros(valid_BS.shape)
             if drop and self.cfg.capacity_factor:
-                affinity_TK = jnp.take_along_axis(routed.scores_TE, routed.experts_TK, axis=1)
-                kept_TK = within_capacity(experts_TK, affinity_TK, self.cfg)
-                dropped_T = jnp.sum(kept_TK != experts_TK, axis=1, dtype=jnp.float32)
-                experts_TK = kept_TK
+                affinity_BSK = jnp.take_along_axis(routed.scores_TE, routed.experts_TK, axis=-1)
+                kept_BSK = within_capacity(experts_BSK, affinity_BSK, self.cfg)
+                dropped_BS = jnp.sum(kept_BSK != experts_BSK, axis=-1, dtype=jnp.float32)
+                experts_BSK = kept_BSK
         with jax.named_scope("experts"):
-            y_BSD = self.experts(x_BSD, experts_TK.reshape(B, S, -1), routed.weights_TK.reshape(B, S, -1))
+            y_BSD = self.experts(x_BSD, experts_BSK, routed.weights_TK)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BSD += self.shared(x_BSD)
-        return y_BSD, router_stats(routed, valid_BS, dropped_T, self.cfg)
+        return y_BSD, router_stats(routed, valid_BS, dropped_BS, self.cfg)

@@ -1,6 +1,7 @@
 """Scores → experts and weights; the balancing bias; nothing else.
 
-B batch, S sequence, T tokens (B·S), D model, E experts, K experts per token, N groups of experts, L layers.
+B batch, S sequence, T tokens (B·S, or the two axes B, S as they lie on devices), D model, E experts, K experts per
+token, N groups of experts, L layers.
 """
 
 from __future__ import annotations
@@ -153,9 +154,9 @@ def fixed_experts(keys_T: Array, layer: Array | int, cfg: MoEConfig) -> Array:
     """
     E, K = cfg.num_experts, cfg.num_experts_per_token
     if cfg.routing == "uniform":
-        return (keys_T[:, None] * K + jnp.arange(K)) % E
+        return (keys_T[..., None] * K + jnp.arange(K)) % E
     hashed_T = _mixed(_mixed(keys_T.astype(jnp.uint32)) + jnp.asarray(layer, jnp.uint32))
-    hashed_TE = _mixed(hashed_T[:, None] + jnp.arange(E, dtype=jnp.uint32))
+    hashed_TE = _mixed(hashed_T[..., None] + jnp.arange(E, dtype=jnp.uint32))
     return _best(hashed_TE, K)
 
 
@@ -175,12 +176,12 @@ def _normalize(scores: Array) -> Array:
 
 def _in_kept_group(choice_TE: Array, cfg: MoEConfig) -> Array:
     """[T, E] bool: whether an expert's group is among the token's best."""
-    T, E = choice_TE.shape
-    choice_TNE = choice_TE.reshape(T, cfg.num_groups, E // cfg.num_groups)
+    size = choice_TE.shape[-1] // cfg.num_groups
+    choice_TNE = choice_TE.reshape(*choice_TE.shape[:-1], cfg.num_groups, size)
     group_TN = _sum_of_two_best(choice_TNE) if cfg.group_score == "top2_sum" else jnp.max(choice_TNE, axis=-1)
     kept = _best(group_TN, cfg.num_groups_per_token)
-    kept_TN = jnp.any(kept[:, :, None] == jnp.arange(cfg.num_groups), axis=1)
-    return jnp.repeat(kept_TN, E // cfg.num_groups, axis=1)
+    kept_TN = jnp.any(kept[..., None] == jnp.arange(cfg.num_groups), axis=-2)
+    return jnp.repeat(kept_TN, size, axis=-1)
 
 
 def _best(x_TE: Array, k: int) -> Array:
@@ -208,7 +209,7 @@ class Router(nnx.Module):
     def __call__(self, x_TD: Array, keys_T: Array, layer: Array | int) -> RouterOutput:
         """Routes tokens; `keys_T` and `layer` are `fixed_experts`' and count only with `routing` hash or uniform."""
         cfg = self.cfg
-        logits_TE = jnp.einsum("TD,DE->TE", x_TD.astype(jnp.float32), self.gate_DE[...], precision="highest")
+        logits_TE = jnp.einsum("...D,DE->...E", x_TD.astype(jnp.float32), self.gate_DE[...], precision="highest")
         scores_TE = _scores(logits_TE, cfg)
         fixed_TK = None if cfg.routing == "learned" else fixed_experts(keys_T, layer, cfg)
         choice = route(scores_TE, self.bias[...] if cfg.selection_bias else None, cfg, fixed_TK)

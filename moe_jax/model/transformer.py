@@ -5,7 +5,7 @@ B batch, S sequence, T cached positions, D model, V vocabulary, L layers, E expe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,27 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import Entries, causal_mask, entry_shapes, rotary_dim
-from moe_jax.model.block import Context, run_blocks, stack_blocks
-from moe_jax.model.layers import Initializer, RMSNorm, rotation
-from moe_jax.model.mtp import MTP, MTPOutput
+from moe_jax.model.attention import Entries, entry_shapes, rotary_dim
+from moe_jax.model.block import Context, run_blocks, stack_blocks, unstack, write
+from moe_jax.model.layers import Initializer, RMSNorm, constant, rotation
+from moe_jax.model.mtp import MTP, MTPOutput, ParallelHeads, make_mtp
 from moe_jax.model.router import RouterStats
-from moe_jax.sharding import constrain
+from moe_jax.ops.attention import Tokens
+from moe_jax.sharding import balanced, constrain, in_order, token_axes
 
 
 class Cache(NamedTuple):
     """What decoding remembers. Columns are shared by all rows; a column that is padding in a row is not valid there."""
 
-    dense: Entries
-    """The dense layers' entries, [L, B, T, ...] each."""
-    moe: Entries
+    dense: Entries | list[Entries]
+    """The dense layers' entries, [L, B, T, ...] each; for an unrolled model, layer by layer, [1, B, T, ...]."""
+    moe: Entries | list[Entries]
     """The sparse layers' entries."""
     valid_BT: Array
     """bool, which columns hold a token of the row."""
     length: Array
-    """int32, columns written so far; the next token of every row goes to this column."""
+    """int32, columns written so far: the next token of every row goes to this column. One number, or one for each row,
+    [B]."""
 
 
 class ModelOutput(NamedTuple):
@@ -48,7 +50,8 @@ class Transformer(nnx.Module):
     A plain pytree of weights: use `jax.jit`, `jax.grad` and `nnx.split(model, nnx.Param, ...)` on it directly.
     """
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, value_head: bool = False):
+        """With `value_head` there is a second head, a number per position that PPO's critic learns; it starts at 0."""
         self.cfg = cfg
         init = Initializer(cfg, rngs)
         self.embed_VD = init.weight((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), "")
@@ -57,8 +60,8 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         tied = cfg.tie_word_embeddings
         self.head_DV = None if tied else init.weight((cfg.hidden_size, cfg.vocab_size), ("embed", "vocab"), "")
-        depth = cfg.mtp.depth
-        self.mtp = MTP(cfg, stack_blocks(cfg, depth, bool(cfg.moe.num_experts), rngs), init) if depth else None
+        self.mtp = make_mtp(cfg, stack_blocks(cfg, cfg.mtp.depth, bool(cfg.moe.num_experts), rngs), init)
+        self.value_head_D = constant(0.0, cfg.hidden_size, None) if value_head else None
 
     def __call__(
         self,
@@ -90,27 +93,47 @@ class Transformer(nnx.Module):
             positions_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
             if cache is not None:
                 positions_BS += jnp.sum(cache.valid_BT, axis=1, keepdims=True)
+        place_1S = jnp.arange(tokens_BS.shape[1])[None]
+        if cache is None:
+            # The layers take a sequence's columns as the devices have them, whose order no result depends on.
+            tokens_BS, positions_BS, valid_BS = balanced(tokens_BS), balanced(positions_BS), balanced(valid_BS)
+            segment_ids_BS, place_1S = balanced(segment_ids_BS), balanced(place_1S)
         rot = rotation(positions_BS, cfg.attention.rope, rotary_dim(cfg.attention))
         column: Array | int = 0
         decode = cache is not None and not prefill
         if cache is not None:
             column = cache.length
-            valid_BT = jax.lax.dynamic_update_slice(cache.valid_BT, valid_BS, (0, column))
+            valid_BT = write(cache.valid_BT[None], valid_BS, 0, column)[0]
             cache = cache._replace(valid_BT=valid_BT, length=column + tokens_BS.shape[1])
         if cache is not None and decode:
-            column_S = column + jnp.arange(tokens_BS.shape[1])
-            seen_ST = jnp.arange(cache.valid_BT.shape[1])[None, :] <= column_S[:, None]
-            mask = cache.valid_BT[:, None, :] & seen_ST
+            column_BS = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BS.shape[1])
+            seen_BST = jnp.arange(cache.valid_BT.shape[1]) <= column_BS[:, :, None]
+            seen = cache.valid_BT[:, None, :] & seen_BST
+            cache = cache._replace(dense=_by_rows(cache.dense), moe=_by_rows(cache.moe))
         else:
-            mask = causal_mask(valid_BS.astype(jnp.int32) if segment_ids_BS is None else segment_ids_BS)
-        ctx = Context(rot, mask, valid_BS, self._router_keys(tokens_BS, positions_BS), decode, column, drop_tokens)
+            seen = Tokens(valid_BS.astype(jnp.int32) if segment_ids_BS is None else segment_ids_BS, place_1S)
+        ctx = Context(rot, seen, valid_BS, self._router_keys(tokens_BS, positions_BS), decode, column, drop_tokens)
 
         x_BSD = self.embed(tokens_BS)
         x_BSD, _, dense = run_blocks(self.dense_blocks, x_BSD, ctx, cache.dense if cache else None, cfg.remat)
         x_BSD, stats, moe = run_blocks(self.moe_blocks, x_BSD, ctx, cache.moe if cache else None, cfg.remat)
         if cache is not None and dense is not None and moe is not None:
             cache = cache._replace(dense=dense, moe=moe)
+        if cache is None:
+            x_BSD, stats = in_order(x_BSD), _in_order(stats)
         return ModelOutput(self.norm(x_BSD), stats, cache)
+
+    def unrolled(self) -> Transformer:
+        """This model with every layer's weights in arrays of their own: for decoding in a loop.
+
+        CPUs copy each layer's slice of stacked weights at every step, which takes longer than the products with it.
+        Needs a cache of `unrolled_cache`, and gives no router statistics.
+        """
+        model = nnx.merge(*nnx.split(self))
+        model.dense_blocks, model.moe_blocks = (
+            None if blocks is None else nnx.List(unstack(blocks)) for blocks in (self.dense_blocks, self.moe_blocks)
+        )
+        return model
 
     def _router_keys(self, tokens_BS: Array, positions_BS: Array) -> Array:
         return tokens_BS if self.cfg.moe.routing == "hash" else positions_BS
@@ -118,7 +141,7 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BS: Array) -> Array:
         # Taken in float32: the gradient adds up a token's occurrences, which bfloat16 cannot count past 256.
         x_BSD = self.embed_VD[...][tokens_BS].astype(self.cfg.dtype)
-        return constrain(x_BSD, "batch", "sequence", "activation")
+        return constrain(x_BSD, *token_axes(x_BSD.shape), "activation")
 
     def head(self) -> Array:
         """The output matrix [D, V]: its own, or the embedding's transpose when tied."""
@@ -129,6 +152,11 @@ class Transformer(nnx.Module):
         head = self.head().astype(hidden_BSD.dtype)
         return jnp.einsum("BSD,DV->BSV", hidden_BSD, head, preferred_element_type=jnp.float32)
 
+    def values(self, hidden_BSD: Array) -> Array:
+        """float32 [B, S], what the value head makes of the hidden states."""
+        assert self.value_head_D is not None
+        return jnp.einsum("BSD,D->BS", hidden_BSD.astype(jnp.float32), self.value_head_D[...])
+
     def predict_ahead(
         self,
         hidden_BSD: Array,
@@ -138,25 +166,94 @@ class Transformer(nnx.Module):
         *,
         drop_tokens: bool = False,
     ) -> MTPOutput:
-        """Runs the multi-token prediction modules on the trunk's output (DeepSeek-V3 §2.2)."""
+        """Runs the multi-token prediction modules on the trunk's output (DeepSeek-V3 §2.2; arXiv:2404.19737)."""
         assert self.mtp is not None
+        seen = Tokens(segment_ids_BS, jnp.arange(tokens_BS.shape[1])[None])
+        seen, positions_BS, keys_BS = balanced((seen, positions_BS, self._router_keys(tokens_BS, positions_BS)))
+        rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
+        ctx = Context(rot, seen, seen.segment_BS > 0, keys_BS, False, 0, drop_tokens)
+        if isinstance(self.mtp, ParallelHeads):
+            output = self.mtp(hidden_BSD, ctx)
+        else:
+            output = self.mtp(hidden_BSD, self.embed(tokens_BS), segment_ids_BS, ctx)
+        return output._replace(router=_in_order(output.router))
+
+    def draft(
+        self,
+        module: MTP,
+        number: int,
+        hidden_BSD: Array,
+        tokens_BS: Array,
+        ahead_BS: Array,
+        column_B: Array,
+        start_B: Array,
+        entries: Entries,
+        *,
+        prefill: bool = False,
+    ) -> tuple[Array, Entries]:
+        """Hidden states of a multi-token prediction module at S successive positions of each row, and its cache.
+
+        Args:
+            module: a chain of one.
+            number: its place in the whole chain, from 0.
+            hidden_BSD: of the trunk, or of the module before.
+            tokens_BS: the tokens at these positions.
+            ahead_BS: the tokens number + 1 further.
+            column_B: where in the cache a row's positions begin.
+            start_B: where in the cache its text begins; all columns from there on are its own.
+            entries: the module's cache, [1, B, T, ...].
+            prefill: the cache is empty, as for a call of the model.
+        """
+        column_BS = column_B[:, None] + jnp.arange(tokens_BS.shape[1])
+        valid_BS = column_BS >= start_B[:, None]
+        if prefill:
+            seen, column = Tokens(valid_BS.astype(jnp.int32), jnp.arange(tokens_BS.shape[1])[None]), 0
+        else:
+            column_T = jnp.arange(entries.first.shape[2])
+            seen = (column_T >= start_B[:, None, None]) & (column_T <= column_BS[:, :, None])
+            column = column_B
+        positions_BS = jnp.maximum(column_BS - start_B[:, None], 0)
         rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
         keys_BS = self._router_keys(tokens_BS, positions_BS)
-        ctx = Context(rot, causal_mask(segment_ids_BS), segment_ids_BS > 0, keys_BS, False, 0, drop_tokens)
-        return self.mtp(hidden_BSD, self.embed(tokens_BS), segment_ids_BS, ctx)
+        ctx = Context(rot, seen, valid_BS, keys_BS, not prefill, column, False)
+        return module.cached(hidden_BSD, self.embed(ahead_BS), ctx, entries, self.cfg.num_moe_layers + number)
+
+
+def _in_order(stats: RouterStats | None) -> RouterStats | None:
+    return stats and stats._replace(experts_BSK=in_order(stats.experts_BSK, axis=2))
+
+
+def _by_rows(caches: Any) -> Any:
+    """Caches whose rows lie where those of one decoded position do."""
+
+    def place(x_LBT: Array) -> Array:
+        rows, _ = token_axes((x_LBT.shape[1], 1))
+        return constrain(x_LBT, "rows", *[None] * (x_LBT.ndim - 2)) if rows == "rows" else x_LBT
+
+    return jax.tree.map(place, caches)
+
+
+def unrolled_cache(cache: Cache) -> Cache:
+    """The cache for an unrolled model."""
+
+    def layers(stacked: Entries) -> list[Entries]:
+        return [Entries(*(x[n : n + 1] for x in stacked)) for n in range(len(stacked.first))]
+
+    assert isinstance(cache.dense, Entries) and isinstance(cache.moe, Entries)
+    return cache._replace(dense=layers(cache.dense), moe=layers(cache.moe))
 
 
 def make_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `length` columns, in the model's dtype."""
-    shapes = entry_shapes(cfg, batch, length)
-
-    def entries(layers: int) -> Entries:
-        empty = (jnp.zeros((layers, *shape), cfg.dtype) for shape in shapes)
-        return Entries(*(constrain(x, "batch", *[None] * (x.ndim - 2)) for x in empty))
-
     return Cache(
-        entries(cfg.num_dense_layers),
-        entries(cfg.num_moe_layers),
+        make_entries(cfg, cfg.num_dense_layers, batch, length),
+        make_entries(cfg, cfg.num_moe_layers, batch, length),
         jnp.zeros((batch, length), bool),
         jnp.zeros((), jnp.int32),
     )
+
+
+def make_entries(cfg: ModelConfig, layers: int, batch: int, length: int) -> Entries:
+    """Empty entries of a stack of layers."""
+    empty = (jnp.zeros((layers, *shape), cfg.dtype) for shape in entry_shapes(cfg, batch, length))
+    return Entries(*(constrain(x, "batch", *[None] * (x.ndim - 2)) for x in empty))

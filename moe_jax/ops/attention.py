@@ -1,36 +1,98 @@
 """Softmax attention with any number of key-value heads.
 
 B batch, S queries, T keys, H query heads, K key-value heads, G query heads per key-value head, D key width,
-E value width, R rows of queries that share a key-value head (G·S).
+E value width, R rows of queries that share a key-value head (G·S), N blocks.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+# Scores of a head that one product may hold: longer sequences go block by block.
+_MOST_SCORES = 2048 * 2048
+_BLOCK = 512
+_UNSEEN = -1e30
+_LAST = 2**31 - 1
 
-@partial(jax.checkpoint, static_argnums=(4,))
-def attention(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, mask_BST: Array, scale: float) -> Array:
+
+class Tokens(NamedTuple):
+    """Where the tokens of packed rows stand."""
+
+    segment_BS: Array
+    """int32, the document of each; 0 is padding."""
+    place_1S: Array
+    """int32, each column's place in the order of its row, which need not be that of the columns."""
+
+
+class Causal(NamedTuple):
+    """A query sees the keys of its own document that do not come after it; no padding."""
+
+    query: Tokens
+    key: Tokens
+
+    def mask_BST(self) -> Array:
+        """bool, True where a query may see a key."""
+        same_BST = self.query.segment_BS[:, :, None] == self.key.segment_BS[:, None, :]
+        not_later_1ST = self.query.place_1S[:, :, None] >= self.key.place_1S[:, None, :]
+        return same_BST & not_later_1ST & (self.key.segment_BS > 0)[:, None, :]
+
+
+def attention(
+    q_BSHD: Array,
+    k_BTKD: Array,
+    v_BTKE: Array,
+    seen: Array | Causal,
+    scale: float,
+    implementation: Literal["dense", "chunked"] | None = None,
+) -> Array:
     """softmax(q·k · scale) v with the softmax in float32; returns [B, S, H, E] in q's dtype.
 
-    Serves multi-head attention (K = H), grouped-query attention (K divides H) and absorbed MLA (K = 1). `mask_BST` is
-    True where a query may see a key; a query that may see none gets the mean of all values, a finite number that the
-    caller masks out.
+    Serves multi-head attention (K = H), grouped-query attention (K divides H) and absorbed MLA (K = 1). A query that
+    may see no key gets a finite number, which the caller masks out.
 
-    Heads lie outside and the sum of the weights is divided out last: on a CPU, two to three times faster with
-    gradients than the plain order at a few dozen tokens. The backward pass computes the scores anew: kept for all
-    layers they are most of a model's memory, and writing them takes longer than computing them.
+    Whichever the implementation, the backward pass computes the scores anew: kept for all layers they are most of a
+    model's memory, and writing them takes longer than computing them.
+
+    Args:
+        q_BSHD: queries.
+        k_BTKD: keys.
+        v_BTKE: values.
+        seen: which keys a query may see: a mask [B, S, T], or `Causal`.
+        scale: of the products.
+        implementation: "dense" holds the scores of all pairs at once; "chunked", for `Causal`, those of a block of
+            queries with a block of keys (FlashAttention-2, arXiv:2307.08691, in plain XLA), so that memory grows with
+            S + T, and leaves out the blocks that lie in the future. None: dense up to 2048 × 2048.
     """
+    if implementation is None:
+        long = isinstance(seen, Causal) and q_BSHD.shape[1] * k_BTKD.shape[1] > _MOST_SCORES
+        implementation = "chunked" if long else "dense"
+    if implementation == "dense":
+        return _dense(q_BSHD, k_BTKD, v_BTKE, seen, scale)
+    if not isinstance(seen, Causal):
+        raise ValueError("implementation = 'chunked': needs `seen` as Causal, not a mask of all pairs")
+    B, S, H, _ = q_BSHD.shape
+    K = k_BTKD.shape[2]
+    q_BKGSD = q_BSHD.reshape(B, S, K, H // K, -1).transpose(0, 2, 3, 1, 4)
+    k_BKTD, v_BKTE = k_BTKD.transpose(0, 2, 1, 3), v_BTKE.transpose(0, 2, 1, 3)
+    mixed_BKGSE: Array = _chunked(scale, q_BKGSD, k_BKTD, v_BKTE, seen)
+    return mixed_BKGSE.transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
+
+
+@partial(jax.checkpoint, static_argnums=(4,))
+def _dense(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, seen: Array | Causal, scale: float) -> Array:
+    """Heads lie outside and the sum of the weights is divided out last: on a CPU, two to three times faster with
+    gradients than the plain order at a few dozen tokens."""
     B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]
     q_BKRD = q_BSHD.reshape(B, S, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
     k_BKTD, v_BKTE = k_BTKD.transpose(0, 2, 1, 3), v_BTKE.transpose(0, 2, 1, 3)
     score_BKRT = jnp.einsum("BKRD,BKTD->BKRT", q_BKRD, k_BKTD, preferred_element_type=jnp.float32) * scale
-    penalty_BST = jnp.where(mask_BST, 0.0, -1e30)
+    penalty_BST = jnp.where(seen.mask_BST() if isinstance(seen, Causal) else seen, 0.0, _UNSEEN)
     score_BKRT += jnp.tile(penalty_BST, (1, H // K, 1))[:, None]
     largest_BKR1 = jax.lax.stop_gradient(jnp.max(score_BKRT, axis=-1, keepdims=True))
     weight_BKRT = jnp.exp(score_BKRT - largest_BKR1)
@@ -38,3 +100,120 @@ def attention(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, mask_BST: Array, scal
     mixed_BKRE = jnp.einsum("BKRT,BKTE->BKRE", weight_BKRT.astype(v_BTKE.dtype), v_BKTE)
     mixed_BKRE = (mixed_BKRE / total_BKR1).astype(q_BSHD.dtype)
     return mixed_BKRE.reshape(B, H, S, -1).transpose(0, 2, 1, 3)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(scale: float, q_BKGSD: Array, k_BKTD: Array, v_BKTE: Array, seen: Causal) -> Array:
+    return _chunked_forward(scale, q_BKGSD, k_BKTD, v_BKTE, seen)[0]
+
+
+def _chunked_forward(scale: float, q_BKGSD: Array, k_BKTD: Array, v_BKTE: Array, seen: Causal) -> tuple[Array, tuple]:
+    dtype = jnp.promote_types(q_BKGSD.dtype, jnp.float32)
+    queries = (_split(q_BKGSD, 3), _split_tokens(seen.query, -1))
+    keys = (_split(k_BKTD, 2), _split(v_BKTE, 2), _split_tokens(seen.key, _LAST))
+
+    def query_block(_: None, query: tuple) -> tuple[None, tuple[Array, Array]]:
+        q_BKGSD, query_tokens = query
+
+        def key_block(sums: tuple, key: tuple) -> tuple[tuple, None]:
+            k_BKTD, v_BKTE, key_tokens = key
+
+            def add(sums: tuple) -> tuple:
+                largest_BKGS, total_BKGS, mixed_BKGSE = sums
+                score_BKGST = _scores(scale, q_BKGSD, k_BKTD, Causal(query_tokens, key_tokens), dtype)
+                new_BKGS = jnp.maximum(largest_BKGS, jnp.max(score_BKGST, axis=-1))
+                weight_BKGST = jnp.exp(score_BKGST - new_BKGS[..., None])
+                shrink_BKGS = jnp.exp(largest_BKGS - new_BKGS)
+                mixed = jnp.einsum(
+                    "BKGST,BKTE->BKGSE", weight_BKGST.astype(v_BKTE.dtype), v_BKTE, preferred_element_type=dtype
+                )
+                total_BKGS = total_BKGS * shrink_BKGS + jnp.sum(weight_BKGST, axis=-1)
+                return new_BKGS, total_BKGS, mixed_BKGSE * shrink_BKGS[..., None] + mixed
+
+            return jax.lax.cond(_meet(query_tokens, key_tokens), add, lambda sums: sums, sums), None
+
+        rows = q_BKGSD.shape[:-1]
+        nothing = jnp.full(rows, _UNSEEN, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v_BKTE.shape[-1]), dtype)
+        (largest_BKGS, total_BKGS, mixed_BKGSE), _ = jax.lax.scan(key_block, nothing, keys)
+        total_BKGS = jnp.where(total_BKGS == 0, 1, total_BKGS)  # a block of queries that are padding of the last one
+        return None, (mixed_BKGSE / total_BKGS[..., None], largest_BKGS + jnp.log(total_BKGS))
+
+    with jax.named_scope("attention_blocks"):
+        _, (mixed_NBKGSE, logsum_NBKGS) = jax.lax.scan(query_block, None, queries)
+    S = q_BKGSD.shape[3]
+    mixed_BKGSE = _merge(mixed_NBKGSE, 3, S).astype(q_BKGSD.dtype)
+    return mixed_BKGSE, (q_BKGSD, k_BKTD, v_BKTE, seen, mixed_BKGSE, _merge(logsum_NBKGS, 3, S))
+
+
+def _chunked_backward(scale: float, residuals: tuple, dmixed_BKGSE: Array) -> tuple:
+    q_BKGSD, k_BKTD, v_BKTE, seen, mixed_BKGSE, logsum_BKGS = residuals
+    dtype = logsum_BKGS.dtype
+    shared_BKGS = jnp.einsum("BKGSE,BKGSE->BKGS", dmixed_BKGSE, mixed_BKGSE, preferred_element_type=dtype)
+    queries = tuple(_split(x, 3) for x in (q_BKGSD, dmixed_BKGSE, logsum_BKGS, shared_BKGS))
+    query_tokens_N = _split_tokens(seen.query, -1)
+    keys = (_split(k_BKTD, 2), _split(v_BKTE, 2), _split_tokens(seen.key, _LAST))
+
+    def key_block(dq_NBKGSD: Array, key: tuple) -> tuple[Array, tuple[Array, Array]]:
+        k_BKTD, v_BKTE, key_tokens = key
+
+        def query_block(sums: tuple, query: tuple) -> tuple[tuple, Array]:
+            (q_BKGSD, dmixed_BKGSE, logsum_BKGS, shared_BKGS), query_tokens, dq_BKGSD = query
+
+            def add(dk_BKTD: Array, dv_BKTE: Array, dq_BKGSD: Array) -> tuple[Array, Array, Array]:
+                score_BKGST = _scores(scale, q_BKGSD, k_BKTD, Causal(query_tokens, key_tokens), dtype)
+                weight_BKGST = jnp.exp(score_BKGST - logsum_BKGS[..., None])
+                product = partial(jnp.einsum, preferred_element_type=dtype)
+                dv = product("BKGST,BKGSE->BKTE", weight_BKGST.astype(v_BKTE.dtype), dmixed_BKGSE)
+                dweight_BKGST = product("BKGSE,BKTE->BKGST", dmixed_BKGSE, v_BKTE)
+                dscore_BKGST = scale * weight_BKGST * (dweight_BKGST - shared_BKGS[..., None])
+                dscore_BKGST = dscore_BKGST.astype(q_BKGSD.dtype)
+                dk = product("BKGST,BKGSD->BKTD", dscore_BKGST, q_BKGSD)
+                dq = product("BKGST,BKTD->BKGSD", dscore_BKGST, k_BKTD)
+                return dk_BKTD + dk, dv_BKTE + dv, dq_BKGSD + dq
+
+            reached = _meet(query_tokens, key_tokens)
+            dk_BKTD, dv_BKTE, dq_BKGSD = jax.lax.cond(reached, add, lambda *operands: operands, *sums, dq_BKGSD)
+            return (dk_BKTD, dv_BKTE), dq_BKGSD
+
+        nothing = jnp.zeros(k_BKTD.shape, dtype), jnp.zeros(v_BKTE.shape, dtype)
+        sums, dq_NBKGSD = jax.lax.scan(query_block, nothing, (queries, query_tokens_N, dq_NBKGSD))
+        return dq_NBKGSD, sums
+
+    with jax.named_scope("attention_blocks_gradient"):
+        dq_NBKGSD, (dk_NBKTD, dv_NBKTE) = jax.lax.scan(key_block, jnp.zeros(queries[0].shape, dtype), keys)
+    gradients = zip((dq_NBKGSD, dk_NBKTD, dv_NBKTE), (q_BKGSD, k_BKTD, v_BKTE), (3, 2, 2), strict=True)
+    return *(_merge(dx, axis, x.shape[axis]).astype(x.dtype) for dx, x, axis in gradients), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _scores(scale: float, q_BKGSD: Array, k_BKTD: Array, seen: Causal, dtype: jnp.dtype) -> Array:
+    score_BKGST = jnp.einsum("BKGSD,BKTD->BKGST", q_BKGSD, k_BKTD, preferred_element_type=dtype) * scale
+    return jnp.where(seen.mask_BST()[:, None, None], score_BKGST, _UNSEEN)
+
+
+def _meet(query: Tokens, key: Tokens) -> Array:
+    """Whether any key of a block comes before any query. Of places alone: documents differ between rows, and rows lie
+    on different devices, which would have to agree first."""
+    return jnp.min(key.place_1S) <= jnp.max(query.place_1S)
+
+
+def _split(x: Array, axis: int, fill: int = 0) -> Array:
+    """[..., S, ...] → [N, ..., S / N, ...]; blocks of nearly equal length waste the least padding."""
+    size = x.shape[axis]
+    blocks = -(-size // _BLOCK)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -size % blocks)
+    x = jnp.pad(x, padding, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _split_tokens(tokens: Tokens, fill_place: int) -> Tokens:
+    return Tokens(_split(tokens.segment_BS, 1), _split(tokens.place_1S, 1, fill_place))
+
+
+def _merge(x: Array, axis: int, size: int) -> Array:
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, size, axis=axis)

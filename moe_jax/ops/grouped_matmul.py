@@ -179,6 +179,8 @@ def _array(rows: Rows) -> Array:
 # stands in the rows that are not its own. Groups without rows are not visited; a visit slices its group's matrix once.
 # ---------------------------------------------------------------------------------------------------------------------
 
+_FEW_ROWS = 8
+"""No more rows than this are taken one by one."""
 _LONGEST_BLOCK = 1024
 _BLOCK_FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 7 / 16, 1 / 2, 9 / 16, 5 / 8, 3 / 4, 1)
 """Lengths, as shares of the longest; they are densest at the average group's size, one half."""
@@ -262,6 +264,8 @@ def _take(rows: Rows, start: Array, B: int) -> Array:
 
 def _blocked_product(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
     (num_rows, _, dtype), (num_groups, D, F) = _size(x_TD), w_EDF.shape
+    if num_rows <= _FEW_ROWS:
+        return _row_by_row(x_TD, w_EDF, group_sizes_E, transpose_w)
     lengths = _block_lengths(num_rows, num_groups)
     blocks = _cut(group_sizes_E, lengths)
     einsum = "BF,DF->BD" if transpose_w else "BD,DF->BF"
@@ -288,6 +292,21 @@ def _blocked_product(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w
     y_TF = jnp.zeros((num_rows, D if transpose_w else F), dtype)
     y_TF = _for_each_last_block(blocks, lengths, last_block, y_TF)
     return _for_each_long_group(blocks, whole_blocks, y_TF)
+
+
+def _row_by_row(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
+    """One token's experts, when decoding: a product with a single row goes as fast as its matrix is read."""
+    (num_rows, _, dtype), (_, D, F) = _size(x_TD), w_EDF.shape
+    ends_E = jnp.cumsum(group_sizes_E)
+    group_T = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
+    einsum = "BF,DF->BD" if transpose_w else "BD,DF->BF"
+
+    def row(t: Array, y_TF: Array) -> Array:
+        w_DF = lax.dynamic_index_in_dim(w_EDF, group_T[t], keepdims=False)
+        y_BF = jnp.einsum(einsum, _take(x_TD, t, 1), w_DF, preferred_element_type=_accumulator(dtype))
+        return lax.dynamic_update_slice_in_dim(y_TF, y_BF.astype(dtype), t, 0)
+
+    return lax.fori_loop(0, ends_E[-1], row, jnp.zeros((num_rows, D if transpose_w else F), dtype))
 
 
 def _blocked_weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array) -> Array:

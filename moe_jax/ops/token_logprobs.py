@@ -32,7 +32,7 @@ def token_logprobs(
     banned_ids: tuple[int, ...] = (),
     with_entropy: bool = False,
     chunk_size: int | None = None,
-    shards: int = 1,
+    shards: tuple[int, int] = (1, 1),
     implementation: Literal["chunked", "plain"] | None = None,
 ) -> TokenLogprobs:
     """log softmax(hidden · head)[target] in float32, in chunks that the backward pass computes anew.
@@ -40,7 +40,7 @@ def token_logprobs(
     Only the last token axis is cut into chunks, for all leading axes together. With hidden states [B, S, D] and B
     spread over devices, every device therefore works on every chunk, and only the head's gradient is communicated. With
     `shards` it is accumulated over the chunks on each device and summed over devices once at the end; without, it is
-    summed over devices in every chunk. Do not spread S over devices: that would have them take turns.
+    summed over devices in every chunk, and where S is spread too, devices take turns.
 
     A problem that fits in one chunk keeps its softmax for the backward pass and costs what the plain form does.
 
@@ -53,7 +53,7 @@ def token_logprobs(
             mask would be NaN.
         with_entropy: also give the entropy of each distribution, as a metric.
         chunk_size: positions of the last token axis in a chunk; None takes what keeps a shard's logits within 256 MiB.
-        shards: number of devices that the first axis of `hidden` is spread over.
+        shards: number of devices that the first axis of `hidden` and its last token axis are spread over.
         implementation: "chunked"; or "plain", which holds all logits and leaves the gradient to JAX. None: "chunked".
 
     Raises:
@@ -75,9 +75,12 @@ def token_logprobs(
         logprobs, entropy = _plain(hidden, head_DV, targets, banned_ids)
     elif implementation == "chunked":
         lead, length = targets.shape[:-1], targets.shape[-1]
-        if shards > 1 and (not lead or lead[0] % shards):
-            raise ValueError(f"shards = {shards}: must divide the first axis of hidden, whose shape is {hidden.shape}")
-        rows = math.prod(lead) // shards
+        if (shards[0] > 1 and (not lead or lead[0] % shards[0])) or length % shards[1]:
+            raise ValueError(
+                f"shards = {shards}: must divide the first axis of hidden and its last token axis, whose shape is"
+                f" {hidden.shape}"
+            )
+        rows, length = math.prod(lead) // shards[0], length // shards[1]
         if chunk_size is None:
             chunk_size = max(_BLOCK_ELEMENTS // (max(rows, 1) * vocab_size), 1)
         elif chunk_size < 1:
@@ -85,13 +88,24 @@ def token_logprobs(
         # Chunks of nearly equal length waste the least padding.
         num_chunks = max(-(-length // chunk_size), 1)
         padding = -length % num_chunks
-        hidden_RNSD = jnp.pad(hidden.reshape(shards, rows, *hidden.shape[-2:]), ((0, 0), (0, 0), (0, padding), (0, 0)))
-        targets_RNS = jnp.pad(targets.reshape(shards, rows, length), ((0, 0), (0, 0), (0, padding)))
+        hidden_RNSD, targets_RNS = (
+            jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
+            for x in (_by_shard(x, shards, rows, length) for x in (hidden, targets[..., None]))
+        )
+        targets_RNS = targets_RNS[..., 0]
         results: tuple[Array, Array] = _chunked(num_chunks, banned_ids, hidden_RNSD, head_DV, targets_RNS)
-        logprobs, entropy = (x[..., :length].reshape(targets.shape) for x in results)
+        # The inverse of `_by_shard`.
+        parts = (x[..., :length].reshape(*shards, rows, length) for x in results)
+        logprobs, entropy = (jnp.swapaxes(x, 1, 2).reshape(targets.shape) for x in parts)
     else:
         raise ValueError(f"implementation = {implementation!r}: must be 'chunked', 'plain' or None")
     return TokenLogprobs(logprobs, jax.lax.stop_gradient(entropy) if with_entropy else None)
+
+
+def _by_shard(x: Array, shards: tuple[int, int], rows: int, length: int) -> Array:
+    """[..., S, D] → [R, N, S of a shard, D]."""
+    x = jnp.swapaxes(x.reshape(shards[0], rows, shards[1], length, x.shape[-1]), 1, 2)
+    return x.reshape(-1, rows, length, x.shape[-1])
 
 
 def _logits(hidden: Array, head_DV: Array, banned_ids: tuple[int, ...]) -> Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -56,7 +58,23 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, definition: Definition) -> 
         labels = {name: "matrix" if matrix else "table" for name, matrix in is_matrix.items()}
         optimizer = optax.partition({"matrix": matrices, "table": tables}, labels)
     clip = optax.clip_by_global_norm(cfg.max_grad_norm) if cfg.max_grad_norm else optax.identity()
-    return optax.chain(clip, optimizer)
+    return optax.chain(clip, optimizer if cfg.moment_dtype == "float32" else _stored(optimizer, cfg.moment_dtype))
+
+
+def _stored(optimizer: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`optimizer` with its moments in `dtype` between updates; scalars stay as they are."""
+
+    def cast(state: Any, dtype: str) -> Any:
+        def leaf(x: jax.Array) -> jax.Array:
+            return x.astype(dtype) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return jax.tree.map(leaf, state)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changes, state = optimizer.update(updates, cast(state, "float32"), params)
+        return changes, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def _muon_dimensions(roles: str, ndim: int) -> MuonDimensionNumbers:

@@ -116,7 +116,7 @@ def make_update(
 
     Router biases move by the counts of the whole batch: every device, every micro-batch (DeepSeek-V3 eq. 16), as
     `balance` says; without it they stand still. The function is jitted; the batch's arrays have B first, divisible by
-    `accumulation_steps`.
+    `accumulation_steps`. Totals and losses find in it also `step_B`, the number of updates before this one.
 
     Metrics are means over what each counts, with `grad_norm` (before clipping) and the figures of
     `losses.balance.load_metrics` as `moe/…`, for the modules of multi-token prediction `mtp/…`.
@@ -143,6 +143,8 @@ def make_update(
         return jax.lax.scan(step, first, jax.tree.map(lambda x: x[1:], micros))[0]
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        rows = len(next(iter(batch.values())))
+        batch = batch | {"step_B": jnp.full(rows, state.step)}  # by row, as micro-batches are made
         gradient, output = gradients(state.params, state.rest, batch)
         with jax.named_scope("optimizer"):
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)

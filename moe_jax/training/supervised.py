@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.config import CheckpointConfig, MoEConfig
+from moe_jax.config import CheckpointConfig, MoEConfig, MTPConfig
 from moe_jax.data import DataError
 from moe_jax.losses import SumCount
 from moe_jax.losses.balance import (
@@ -30,7 +30,7 @@ from moe_jax.model.definition import Arrays, Definition
 from moe_jax.model.mtp import MTPOutput
 from moe_jax.model.router import RouterStats
 from moe_jax.model.transformer import ModelOutput, Transformer
-from moe_jax.sharding import batch_shards, put_batch, replicate
+from moe_jax.sharding import put_batch, replicate, token_shards
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
 from moe_jax.training.state import Batch, CountTotals, Loss, LossOutput, TrainState, Update, micro_batches
@@ -45,6 +45,8 @@ class Totals(NamedTuple):
     """Rows that hold at least one token."""
     tokens: Array
     """Tokens, without padding."""
+    mtp_loss_coef: float | Array
+    """λ of multi-token prediction at this step."""
     counts: dict[str, Array]
     """The routers' assignments [L, E], where a micro-batch cannot count them itself; else empty."""
 
@@ -55,12 +57,12 @@ def make_totals(definition: Definition) -> CountTotals:
     For the global-batch balance loss of several micro-batches they need the loads of all before the gradient of the
     first: a forward pass over each, which costs about a third of a step.
     """
-    moe = definition.cfg.moe
+    moe, mtp = definition.cfg.moe, definition.cfg.mtp
 
     def totals(params: Arrays, rest: Arrays, batch: Batch, accumulation_steps: int) -> Totals:
         weights = [
             next_token_targets(batch["tokens_BS"], batch["segment_ids_BS"], batch.get("loss_mask_BS"), offset)[1]
-            for offset in range(1, definition.cfg.mtp.depth + 2)
+            for offset in range(1, mtp.depth + 2)
         ]
         valid_BS = batch["segment_ids_BS"] > 0
         sequences = jnp.sum(jnp.any(valid_BS, axis=1), dtype=jnp.float32)
@@ -75,9 +77,17 @@ def make_totals(definition: Definition) -> CountTotals:
             counts_MLE = jax.lax.map(micro_counts, micro_batches(batch, accumulation_steps))
             counts = {name: jnp.sum(counts, axis=0) for name, counts in counts_MLE.items()}
         targets = tuple(jnp.maximum(jnp.sum(w), 1) for w in weights)
-        return Totals(targets, jnp.maximum(sequences, 1), jnp.maximum(tokens, 1), counts)
+        return Totals(targets, jnp.maximum(sequences, 1), jnp.maximum(tokens, 1), _mtp_loss_coef(mtp, batch), counts)
 
     return totals
+
+
+def _mtp_loss_coef(mtp: MTPConfig, batch: Batch) -> float | Array:
+    """λ at the step of a whole batch: of the tokens before it, and constant where it has no second value."""
+    if not mtp.depth or not mtp.late_after_tokens:
+        return mtp.loss_coef
+    seen = batch["step_B"][0].astype(jnp.float32) * batch["tokens_BS"].size  # 10T tokens are no int32
+    return jnp.where(seen < mtp.late_after_tokens, mtp.loss_coef, mtp.late_loss_coef)
 
 
 def _forward(
@@ -136,7 +146,8 @@ def router_losses(
 def make_loss(definition: Definition, banned_ids: tuple[int, ...] = ()) -> Loss:
     """The pre-training loss: L_main + λ/D Σ_k L_MTP^k + Σ_layers Σ_j α_j L_j (DeepSeek-V3 eq. 17, 24, 25).
 
-    L_j are `router_losses`, of the trunk's layers and of the MTP modules'. Tokens beyond capacity are dropped.
+    λ is `mtp.loss_coef`, or late in training `mtp.late_loss_coef`. L_j are `router_losses`, of the trunk's layers and
+    of the MTP modules'. Tokens beyond capacity are dropped.
 
     Batches hold `tokens_BS`, `segment_ids_BS`, `positions_BS` and, if only some tokens are to be predicted,
     `loss_mask_BS`.
@@ -149,7 +160,7 @@ def make_loss(definition: Definition, banned_ids: tuple[int, ...] = ()) -> Loss:
 
         def predict(hidden_BSD: Array, offset: int) -> SumCount:
             targets_BS, weights_BS = next_token_targets(tokens_BS, segments_BS, mask_BS, offset)
-            options = {"banned_ids": banned_ids, "shards": batch_shards(len(tokens_BS))}
+            options = {"banned_ids": banned_ids, "shards": token_shards(tokens_BS.shape)}
             return cross_entropy(hidden_BSD, model.head(), targets_BS, weights_BS, **options)
 
         main = predict(output.hidden_BSD, 1)
@@ -159,7 +170,7 @@ def make_loss(definition: Definition, banned_ids: tuple[int, ...] = ()) -> Loss:
             depths = [predict(ahead.hidden_NBSD[k], k + 2) for k in range(cfg.mtp.depth)]
             metrics |= {f"loss_mtp_{k + 1}": depth for k, depth in enumerate(depths)}
             parts = [SumCount(part.sum, whole) for part, whole in zip(depths, totals.targets[1:], strict=True)]
-            total += mtp_loss(parts, cfg.mtp.loss_coef)
+            total += mtp_loss(parts, totals.mtp_loss_coef)
         for name, stats in routers.items():
             for kind, part in router_losses(stats, cfg.moe, totals, totals.counts.get(name)).items():
                 metrics[f"{kind}/{name}"] = part.loss
@@ -183,7 +194,7 @@ class BitsPerByte:
             tokens_BS, segments_BS = batch["tokens_BS"], batch["segment_ids_BS"]
             output = model(tokens_BS, segment_ids_BS=segments_BS, positions_BS=batch["positions_BS"])
             targets_BS, weights_BS = next_token_targets(tokens_BS, segments_BS)
-            options = {"banned_ids": banned_ids, "shards": batch_shards(len(tokens_BS))}
+            options = {"banned_ids": banned_ids, "shards": token_shards(tokens_BS.shape)}
             nll = cross_entropy(output.hidden_BSD, model.head(), targets_BS, weights_BS, **options)
             return replicate((nll.sum, nll.count, jnp.sum(weights_BS * jnp.asarray(bytes_V)[targets_BS])))
 

@@ -99,6 +99,8 @@ def test_mtp_flops_are_one_block_its_projection_and_a_head():
     longer = training_flops_per_token(dataclasses.replace(cfg, num_layers=cfg.num_layers + 1), 128)
     block = longer - none
     assert one - none == block + 6 * (2 * cfg.hidden_size**2 + cfg.vocab_size * cfg.hidden_size)
+    parallel = dataclasses.replace(cfg, mtp=dataclasses.replace(cfg.mtp, kind="parallel"))
+    assert training_flops_per_token(parallel, 128, include_mtp=True) == one - 6 * 2 * cfg.hidden_size**2
     without_modules = dataclasses.replace(cfg, mtp=dataclasses.replace(cfg.mtp, depth=0))
     assert training_flops_per_token(without_modules, 128, include_mtp=True) == none
 

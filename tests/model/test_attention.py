@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import AttentionConfig, ModelConfig, RoPEConfig
-from moe_jax.model.attention import GQA, MLA, causal_mask, entry_shapes, make_attention, rotary_dim
+from moe_jax.model.attention import GQA, MLA, entry_shapes, make_attention, rotary_dim
 from moe_jax.model.layers import Initializer, rotation
+from moe_jax.ops.attention import Causal, Tokens
 
 B, S, D = 2, 7, 16
 EPS = 1e-2  # large, so that a wrong eps shows
@@ -57,9 +58,12 @@ def inputs():
 @functools.partial(jax.jit, static_argnames="cached")
 def run(layer, x_BSD, segment_ids_BS=None, cached=False):
     rot = rotation(jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2]), layer.cfg.rope, rotary_dim(layer.cfg))
-    mask = causal_mask(jnp.ones(x_BSD.shape[:2], jnp.int32) if segment_ids_BS is None else segment_ids_BS)
+    segment_BS = jnp.ones(x_BSD.shape[:2], jnp.int32) if segment_ids_BS is None else segment_ids_BS
+    tokens = Tokens(segment_BS, jnp.arange(x_BSD.shape[1])[None])
     entries = layer.entries(x_BSD, rot)
-    return (layer.attend_cached if cached else layer.attend)(x_BSD, rot, entries, mask)
+    if cached:
+        return layer.attend_cached(x_BSD, rot, entries, Causal(tokens, tokens).mask_BST())
+    return layer.attend(x_BSD, rot, entries, tokens)
 
 
 def float64(variable):
@@ -175,12 +179,6 @@ def test_the_future_does_not_leak(cfg):
     changed = x.copy()
     changed[:, 4:] += 3
     np.testing.assert_array_equal(np.asarray(run(layer, changed))[:, :4], np.asarray(run(layer, x))[:, :4])
-
-
-def test_causal_mask():
-    mask = np.asarray(causal_mask(jnp.array([[0, 1, 1, 2, 2, 0]])))[0]
-    seen = [set(), {1}, {1, 2}, {3}, {3, 4}, set()]
-    assert [set(np.flatnonzero(row)) for row in mask] == seen
 
 
 @pytest.mark.parametrize("cfg", [MLA_CONFIG, GQA_CONFIG], ids=["mla", "gqa"])

@@ -25,6 +25,7 @@ GROUPS = {
     "one off whole blocks": (520, [129, 127, 31, 161]),
     "one off short blocks": (520, [33, 160, 1, 326]),
     "fewer rows than groups": (3, [0, 1, 0, 0, 1, 0, 1, 0]),
+    "few rows, some beyond the sum": (6, [0, 2, 0, 0, 1, 0, 0, 1]),
     "one row": (1, [0, 1]),
     "one group": (40, [40]),
 }

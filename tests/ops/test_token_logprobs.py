@@ -19,7 +19,8 @@ FORMS = [
     pytest.param({"implementation": "plain"}, id="plain"),
     pytest.param({}, id="one chunk"),
     pytest.param({"chunk_size": 3}, id="chunks of 3"),
-    pytest.param({"chunk_size": 3, "shards": 4}, id="chunks and shards"),
+    pytest.param({"chunk_size": 3, "shards": (4, 1)}, id="chunks and shards"),
+    pytest.param({"chunk_size": 1, "shards": (4, 7)}, id="shards of rows and columns"),
 ]
 
 
@@ -173,7 +174,7 @@ def test_any_leading_axes(lead):
 
 @pytest.mark.parametrize(
     ("mesh_shape", "form"),
-    [((8, 1), {}), ((8, 1), {"chunk_size": 2, "shards": 8}), ((2, 4), {"chunk_size": 2})],
+    [((8, 1), {}), ((8, 1), {"chunk_size": 2, "shards": (8, 1)}), ((2, 4), {"chunk_size": 2})],
 )
 def test_eight_devices_give_the_numbers_of_one(form, mesh_shape):
     hidden_BSD, head_DV, targets_BS, weights_BS = example()
@@ -193,7 +194,7 @@ def test_shards_communicate_once_and_not_in_every_chunk():
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
     def loss(hidden, head, targets):
-        return jnp.sum(token_logprobs(hidden, head, targets, chunk_size=2, shards=8).logprobs)
+        return jnp.sum(token_logprobs(hidden, head, targets, chunk_size=2, shards=(8, 1)).logprobs)
 
     compiled = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(rows, everywhere, rows), out_shardings=(rows, everywhere))
     program = compiled.lower(hidden_BSD, head_DV, targets_BS).compile().as_text()
@@ -209,7 +210,7 @@ def test_shards_communicate_once_and_not_in_every_chunk():
         ({"banned_ids": (V,)}, r"banned_ids = \(11,\).*\[0, 11\)"),
         ({"banned_ids": tuple(range(V))}, "at least one token"),
         ({"chunk_size": 0}, "chunk_size = 0"),
-        ({"shards": 3}, "shards = 3.*first axis"),
+        ({"shards": (3, 1)}, r"shards = \(3, 1\).*first axis"),
         ({"implementation": "fast"}, "implementation = 'fast'"),
     ],
 )

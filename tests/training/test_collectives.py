@@ -76,6 +76,23 @@ def test_expert_parallelism_moves_tokens_and_not_experts():
     assert max(c.num_bytes for c in found) <= LARGEST
 
 
+def test_context_parallelism_gathers_latents_and_nothing_of_all_pairs():
+    found = [c for c in step_collectives(fsdp=2, expert=2, context=2) if "context" in c.axes]
+    entries = 4 * SHAPE[0] // 4 * SHAPE[1] * (CONFIG.attention.kv_lora_rank + CONFIG.attention.qk_rope_head_dim)
+    in_attention = [
+        c for c in found if c.kind == "all-gather" and "attention" in c.op_name and c.num_bytes > entries // 8
+    ]
+    # A shard's rows, in each layer's forward and backward pass (the dense layer's is one); gradients are scattered.
+    assert total(in_attention, "all-gather") == (2 * CONFIG.num_layers - 1) * entries
+    assert total(found, "reduce-scatter") == CONFIG.num_layers * entries
+    # Besides: the embedding's rows, gradients of weights, and hidden states on their way back to the order of tokens.
+    others = [c for c in found if c.kind != "all-reduce" and c not in in_attention and c.kind != "reduce-scatter"]
+    assert sum(c.num_bytes * c.count for c in others) <= ACTIVATIONS
+    assert max(c.num_bytes for c in others) <= ACTIVATIONS // 4
+    held = PARAMETERS / 2  # of the most that a device holds of any weight: fsdp or expert divides nearly all
+    assert total(found, "all-reduce") <= held
+
+
 def test_tensor_parallelism_gathers_no_weights():
     found = [c for c in step_collectives(fsdp=2, expert=2, tensor=2) if "tensor" in c.axes]
     assert max(c.num_bytes for c in found) <= ACTIVATIONS

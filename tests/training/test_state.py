@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig
+from moe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig
 from moe_jax.model.definition import Definition
 from moe_jax.sharding import make_mesh, put_batch
 from moe_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -105,6 +105,18 @@ def test_same_numbers_on_any_mesh_and_with_accumulation(one_device, mesh_cfg, ac
     for name, weight in expected_state.params.items():
         np.testing.assert_allclose(state.params[name], weight, rtol=1e-3, atol=1e-4, err_msg=name)
     assert state.step == STEPS
+
+
+def test_parallel_heads_span_the_devices():
+    cfg = dataclasses.replace(TRAINED, moe=MoEConfig(), mtp=MTPConfig(depth=2, kind="parallel"))
+    meshes = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
+    one, many = (train(mesh, cfg=cfg, steps=1) for mesh in meshes)
+    (wanted,), (metrics,) = one[0], many[0]
+    assert wanted["loss_mtp_1"] > 1 and wanted["loss_mtp_2"] > 1
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    for name, weight in one[1].params.items():
+        np.testing.assert_allclose(many[1].params[name], weight, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_every_part_of_the_loss_is_there(one_device):
@@ -291,6 +303,33 @@ def test_adamw_first_step_is_the_sign():
     changes, _ = one_update(PLAIN, definition, gradient, params)
     for name, change in changes.items():
         np.testing.assert_allclose(change, -0.1 * np.sign(gradient[name]), rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bfloat16_take_half_the_memory_and_nearly_the_same_steps(name):
+    definition = dense(1)
+    params, states, histories = arrays(definition, 0), [], []
+    for dtype in ("float32", "bfloat16"):
+        cfg = dataclasses.replace(PLAIN, name=name, moment_dtype=dtype)
+        optimizer = make_optimizer(cfg, 10, definition)
+        step = jax.jit(optimizer.update)
+        state, changes = optimizer.init(params), []
+        for seed in range(1, 6):
+            change, state = step(arrays(definition, seed), state, params)
+            changes.append(change)
+        states.append(sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim))
+        histories.append(changes)
+    assert states[1] * 2 == states[0]
+    for exact, rounded in zip(*histories, strict=True):
+        for weight, change in exact.items():
+            error = np.linalg.norm(rounded[weight] - change) / np.linalg.norm(change)
+            assert error < (0.03 if name == "adamw" else 0.15), weight  # Newton-Schulz raises small singular values
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, histories), strict=True))
+
+
+def test_moments_in_bfloat16_need_a_second_moment_that_moves():
+    with pytest.raises(ConfigError, match=r"beta2 = 0\.999.*at most 0\.99"):
+        dataclasses.replace(PLAIN, beta2=0.999, moment_dtype="bfloat16")
 
 
 MUON = dataclasses.replace(PLAIN, name="muon", weight_decay=0.1)

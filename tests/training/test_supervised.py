@@ -1,15 +1,21 @@
-"""Router losses in the training loss; bits per byte against the formula, over batches of unequal content."""
+"""The training loss: router losses, multi-token prediction; bits per byte against the formula, over unequal batches."""
 
 import dataclasses
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, MTPConfig, OptimizerConfig
 from moe_jax.data import DataError
+from moe_jax.losses.language_model import cross_entropy, next_token_targets
 from moe_jax.model.definition import Definition
+from moe_jax.sharding import make_mesh, put_batch
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import init_state, make_update
 from moe_jax.training.supervised import BitsPerByte, make_loss, make_totals
 
 V = 11
@@ -138,3 +144,67 @@ def test_totals_count_ahead_only_for_the_global_batch_loss_of_several_micro_batc
         assert totals.counts.keys() == ({"moe_blocks"} if ahead else set())
         if ahead:
             assert np.sum(totals.counts["moe_blocks"]) == 2 * 20
+
+
+# Multi-token prediction ----------------------------------------------------------------------------------------------
+
+
+def with_mtp(**options):
+    return dataclasses.replace(CONFIG, mtp=MTPConfig(**options))
+
+
+@pytest.mark.parametrize("kind", ["causal", "parallel"])
+def test_lambda_falls_after_its_tokens(kind):
+    """Rows of 9 tokens, 4 of them: 36 tokens a step, so that 72 are seen before the third step."""
+    cfg = with_mtp(depth=2, kind=kind, loss_coef=0.3, late_loss_coef=0.1, late_after_tokens=72)
+    definition, one = Definition.of(cfg), batch(0, [9, 4, 7, 0])
+    params, rest = definition.init(jax.random.key(0))
+
+    @jax.jit
+    def loss(step):
+        whole = one | {"step_B": np.full(4, 1) * step}
+        return make_loss(definition)(params, rest, whole, make_totals(definition)(params, rest, whole, 1))
+
+    for step, coef in ((0, 0.3), (1, 0.3), (2, 0.1), (10**6, 0.1)):
+        output = loss(step)
+        main, *ahead = (float(output.metrics[name].mean()) for name in ("loss_main", "loss_mtp_1", "loss_mtp_2"))
+        assert min(ahead) > 0.5
+        assert float(output.loss) == pytest.approx(main + coef * np.mean(ahead), rel=1e-5)
+
+
+def test_updates_count_the_tokens_that_lower_lambda():
+    """The step is the state's, for every micro-batch: two updates of 36 tokens, then the late coefficient."""
+    cfg = with_mtp(depth=1, late_loss_coef=0.0, late_after_tokens=72)
+    definition, mesh = Definition.of(cfg), make_mesh(MeshConfig(data=1))
+    one = put_batch(batch(0, [9, 4, 7, 2]), mesh)
+    optimizer = make_optimizer(OptimizerConfig(), 10, definition)
+    update = make_update(make_loss(definition), make_totals(definition), optimizer, accumulation_steps=2)
+    state = init_state(definition, optimizer, jax.random.key(0), mesh)
+    for coef in (0.3, 0.3, 0.0, 0.0):
+        state, metrics = update(state, one)
+        wanted = metrics["loss_main"] + coef * metrics["loss_mtp_1"]
+        np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
+
+
+def test_without_modules_the_program_is_that_of_the_next_token_loss_alone():
+    definition, one = Definition.of(with_mtp(depth=0, loss_coef=7.0, late_after_tokens=1)), batch(0, [9, 4, 7, 0])
+    params, rest = definition.init(jax.random.key(0))
+
+    def plain(params, rest, batch):
+        tokens_BS, segments_BS = batch["tokens_BS"], batch["segment_ids_BS"]
+        count = jnp.maximum(jnp.sum(next_token_targets(tokens_BS, segments_BS)[1]), 1)
+        model = definition.merge(params, rest)
+        hidden_BSD = model(tokens_BS, segment_ids_BS=segments_BS, positions_BS=batch["positions_BS"]).hidden_BSD
+        return cross_entropy(hidden_BSD, model.head(), *next_token_targets(tokens_BS, segments_BS)).sum / count
+
+    def ours(params, rest, batch):
+        totals = make_totals(definition)(params, rest, batch, 1)
+        return make_loss(definition)(params, rest, batch, totals).loss
+
+    def program(loss):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, rest, one).compile()
+        text = re.sub(r", metadata=\{[^}]*\}", "", compiled.as_text())
+        return text[re.search(r"^(%|ENTRY)", text, re.MULTILINE).start() :]  # behind the tables of source lines
+
+    assert program(ours) == program(plain)
+    assert "while" in program(ours)  # a program indeed: the scan over layers
