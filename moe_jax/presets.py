@@ -61,6 +61,36 @@ def tiny_dense() -> ModelConfig:
 # -------------------------------------------------------------------------------------------------- MLA with experts
 
 
+def v3_34m() -> ModelConfig:
+    """A DeepSeek-V3 of 34 M parameters, 5.5 M of them active: what `benchmark moe` trains. 64 experts, 6 per token."""
+    return ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_layers=6,
+        intermediate_size=768,
+        first_k_dense=1,
+        attention=AttentionConfig(
+            kind="mla",
+            num_heads=8,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            rope=RoPEConfig(layout="interleaved"),
+        ),
+        moe=MoEConfig(
+            num_experts=64,
+            num_experts_per_token=6,
+            num_shared_experts=1,
+            expert_size=128,
+            num_groups=8,
+            num_groups_per_token=4,
+            routed_scaling_factor=2.5,
+        ),
+    )
+
+
 def deepseek_v2_lite() -> ModelConfig:
     """DeepSeek-V2-Lite: 15.7B parameters, 2.4B active (arXiv:2405.04434, appendix B)."""
     return ModelConfig(
@@ -608,6 +638,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     for preset in (
         tiny_moe,
         tiny_dense,
+        v3_34m,
         deepseek_v2_lite,
         deepseek_v2,
         deepseek_v3,

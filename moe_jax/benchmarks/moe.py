@@ -9,14 +9,10 @@ S tokens of the one sequence (T when routed), D model, F feed-forward, E experts
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import jax
@@ -24,80 +20,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from tqdm import tqdm
 
 from moe_jax.analysis.flops import parameter_counts, training_flops_per_token
-from moe_jax.analysis.plots import BLUE, GREEN, GREY, ORANGE, PURPLE
-from moe_jax.config import (
-    AttentionConfig,
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    RoPEConfig,
-)
+from moe_jax.benchmarks.reporting import environment
+from moe_jax.benchmarks.routings import RoutingName, assign, expert_counts, expert_loads, max_violation
+from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.model.definition import Definition
 from moe_jax.model.layers import Initializer, SwiGLU
 from moe_jax.model.moe import MoE
 from moe_jax.model.router import Router, RouterOutput
 from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.presets import v3_34m
 from moe_jax.rng import random_generator, random_key
 from moe_jax.sharding import make_mesh
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import init_state, make_update
 from moe_jax.training.supervised import make_loss, make_totals
 
-RoutingName = Literal["balanced", "measured", "worst"]
 Passes = Literal["forward", "forward_backward", "step"]
 
-LOAD_SIGMA = 0.4
-"""Of the logarithm of experts' popularity, where no run says what routing is like: MaxVio 1.4 at 64 experts."""
 RAGGED_FLOP_LIMIT = 1e12
 """`jax.lax.ragged_dot` is not measured on CPUs, where it multiplies by every expert, if that takes more than this."""
 _RAGGED_REPEATS = 2
 _WARM_UPS = 2
-_MIXING_SWEEPS = 8
-
-
-def v3_style() -> ModelConfig:
-    """A DeepSeek-V3 of 34 M parameters, 5.5 M of them active: 64 experts, 6 per token, 1 shared."""
-    return ModelConfig(
-        vocab_size=512,
-        hidden_size=256,
-        num_layers=6,
-        intermediate_size=768,
-        first_k_dense=1,
-        attention=AttentionConfig(
-            kind="mla",
-            num_heads=8,
-            q_lora_rank=96,
-            kv_lora_rank=64,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=16,
-            v_head_dim=32,
-            rope=RoPEConfig(layout="interleaved"),
-        ),
-        moe=MoEConfig(
-            num_experts=64,
-            num_experts_per_token=6,
-            num_shared_experts=1,
-            expert_size=128,
-            num_groups=8,
-            num_groups_per_token=4,
-            routed_scaling_factor=2.5,
-        ),
-    )
 
 
 @dataclass(frozen=True)
 class FullStep:
     """A whole training step to measure: the pre-training loss, its gradients, AdamW."""
 
-    model: ModelConfig = field(default_factory=v3_style)
+    model: ModelConfig = field(default_factory=v3_34m)
     batch_size: int = 8
     sequence_length: int = 256
 
@@ -114,7 +67,7 @@ class MoEBenchmark:
     dtype: Literal["float32", "bfloat16"] = "float32"
     routing: tuple[RoutingName, ...] = ("balanced", "measured", "worst")
     load_profile: tuple[float, ...] | None = None
-    """The measured routing's loads (`load_profile`); None: log-normal, `LOAD_SIGMA`."""
+    """The measured routing's loads (`routings.load_profile`); None: log-normal."""
     repeats: int = 10
     """Rounds that are timed."""
     step: FullStep | None = field(default_factory=FullStep)
@@ -179,73 +132,6 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
         return dataclasses.asdict(self)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# routings
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_profile(counts_LE: np.ndarray) -> tuple[float, ...]:
-    """A run's loads, ascending, 1 being an even share: the mean over its layers of their sorted loads."""
-    load_LE = counts_LE / np.mean(counts_LE, axis=1, keepdims=True)
-    return tuple(np.mean(np.sort(load_LE, axis=1), axis=0).tolist())
-
-
-def expert_loads(routing: RoutingName, config: MoEBenchmark, num_experts: int) -> np.ndarray:
-    """How popular each expert is, [E], in any unit. Popular ones stand anywhere; of "worst" they are the first K."""
-    E = num_experts
-    if routing == "balanced":
-        return np.ones(E)
-    if routing == "worst":
-        return (np.arange(E) < config.experts_per_token).astype(float)
-    quantiles_E = (np.arange(E) + 0.5) / E
-    if config.load_profile is None:
-        load_E = np.exp([LOAD_SIGMA * NormalDist().inv_cdf(q) for q in quantiles_E])
-    else:
-        profile = np.asarray(config.load_profile)
-        load_E = np.interp(quantiles_E, (np.arange(len(profile)) + 0.5) / len(profile), profile)
-        load_E = np.maximum(load_E, 1e-6)  # a collapsed run may have used fewer experts than K
-    return random_generator(config.seed, "popularity", E).permutation(load_E)
-
-
-def expert_counts(load_E: np.ndarray, num_tokens: int, experts_per_token: int) -> np.ndarray:
-    """T·K assignments in proportion to the loads: int64 [E]. No expert gets more than T; the others take the rest."""
-    T, K = num_tokens, experts_per_token
-    full_E = np.zeros(len(load_E), bool)
-    while True:
-        left = T * (K - np.count_nonzero(full_E))
-        if left == 0:
-            return np.where(full_E, T, 0)
-        share_E = load_E * (left / np.sum(load_E[~full_E]))
-        over_E = ~full_E & (share_E > T)
-        if not np.any(over_E):
-            break
-        full_E |= over_E
-    share_E = np.where(full_E, T, share_E)
-    counts_E = np.floor(share_E).astype(np.int64)
-    rest = T * K - np.sum(counts_E)
-    counts_E[np.argsort(counts_E - share_E, kind="stable")[:rest]] += 1
-    return counts_E
-
-
-def assign(counts_E: np.ndarray, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """K different experts for each token, int32 [T, K], with exactly these counts and otherwise at random."""
-    T = num_tokens
-    # An expert's assignments follow each other, at most T of them, so that no token gets one twice.
-    experts_TK = np.repeat(np.arange(len(counts_E), dtype=np.int32), counts_E).reshape(-1, T).T.copy()
-    K = experts_TK.shape[1]
-    for _ in range(_MIXING_SWEEPS * K):  # pairs of tokens exchange an expert, where neither then has one twice
-        first, second = rng.permutation(T)[: T // 2 * 2].reshape(2, -1)
-        i, j = rng.integers(K, size=(2, T // 2))
-        x, y = experts_TK[first, i], experts_TK[second, j]
-        legal = ~np.any(experts_TK[first] == y[:, None], axis=1) & ~np.any(experts_TK[second] == x[:, None], axis=1)
-        experts_TK[first[legal], i[legal]], experts_TK[second[legal], j[legal]] = y[legal], x[legal]
-    return experts_TK[rng.permutation(T)]
-
-
-def _max_violation(counts_E: np.ndarray) -> float:
-    return float(np.max(counts_E) / np.mean(counts_E) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +220,7 @@ def _layer_contenders(config: MoEBenchmark, routings: dict[tuple[int, RoutingNam
         for routing in config.routing:
             experts_TK = routings[E, routing]
             chosen = jax.tree.map(lambda _, experts_TK=experts_TK: jnp.asarray(experts_TK), prescribed)
-            violation = _max_violation(np.bincount(experts_TK.ravel(), minlength=E))
+            violation = max_violation(np.bincount(experts_TK.ravel(), minlength=E))
             for passes, run in functions.items():
                 timed = partial(run, params, x_BSD, dy_BSD, chosen, rest, valid_BS, keys_BS)
                 yield Contender(
@@ -386,7 +272,7 @@ def _product_contenders(
                 "reference": "product",
                 "experts": E,
                 "routing": routing,
-                "max_violation": lambda counts_E=counts_E: _max_violation(counts_E),
+                "max_violation": lambda counts_E=counts_E: max_violation(counts_E),
             }
             for passes, run in grouped.items():
                 yield Contender("grouped", passes, partial(run, *arguments), flops[passes], **about)
@@ -463,7 +349,11 @@ def benchmark_moe(config: MoEBenchmark) -> Results:
     """
     routings: dict[tuple[int, RoutingName], np.ndarray] = {
         (E, routing): assign(
-            expert_counts(expert_loads(routing, config, E), config.tokens, config.experts_per_token),
+            expert_counts(
+                expert_loads(routing, E, config.experts_per_token, config.load_profile, config.seed),
+                config.tokens,
+                config.experts_per_token,
+            ),
             config.tokens,
             random_generator(config.seed, f"routing {routing}", E),
         )
@@ -475,7 +365,7 @@ def benchmark_moe(config: MoEBenchmark) -> Results:
     if config.step is not None:
         contenders += _step_contenders(config.step, config.dtype, config.seed)
     seconds = _measure(contenders, config.repeats, random_generator(config.seed, "order"))
-    return Results(config, _environment(), _timings(contenders, seconds), tuple(notes))
+    return Results(config, environment(), _timings(contenders, seconds), tuple(notes))
 
 
 def _measure(contenders: Sequence[Contender], repeats: int, rng: np.random.Generator) -> list[list[float]]:
@@ -523,184 +413,3 @@ def _timings(contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
         )
         for c, s, median in zip(contenders, seconds, medians, strict=True)
     )
-
-
-def _environment() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "machine": platform.machine(),
-        "cores": cores,
-        "jax": jax.__version__,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# showing
-# ---------------------------------------------------------------------------------------------------------------------
-
-_STYLES = {"balanced": (BLUE, "o"), "measured": (GREEN, "s"), "worst": (ORANGE, "^")}
-
-
-def table(results: Results) -> str:
-    """The results, readable. Times are medians, with the least in brackets."""
-    config, env = results.config, results.environment
-    D, F, K, T = config.hidden_size, config.expert_size, config.experts_per_token, config.tokens
-    popularity = f"log-normal popularity, sigma {LOAD_SIGMA}" if config.load_profile is None else "a run's loads"
-    head = ["E", "routing", "MaxVio", "forward ms", "× dense", "fwd + bwd ms", "× dense", "GFLOP/s"]
-    dense = _passes(results, "dense")
-    lines = [["", "dense", "", *_cells(dense, "× dense"), f"{dense[1].gflops_per_s:.1f}"]]
-    for E in config.experts:
-        for routing in config.routing:
-            moe = _passes(results, "moe", E, routing)
-            lines.append([*_about(moe[0]), *_cells(moe, "× dense"), f"{moe[1].gflops_per_s:.1f}"])
-    parts = [
-        f"{env['platform']} ({env['device']}, {env['machine']}), {env['cores']} cores, jax {env['jax']},"
-        f" {config.dtype}\nmedian (least) of {config.repeats} rounds"
-        + (f"; measured routing: {popularity}" if "measured" in config.routing else ""),
-        f"Layer: {T:,} tokens, hidden {D}, {K} experts of {F} per token; dense: one feed-forward of {K * F}\n"
-        + _aligned(head, lines),
-    ]
-
-    head = ["E", "routing", "MaxVio", "forward ms", "of dense rate", "fwd + bwd ms", "of dense rate", "GFLOP/s"]
-    product = _passes(results, "product")
-    lines = [["", "one dense product", "", *_cells(product, ""), f"{product[1].gflops_per_s:.1f}", "", ""]]
-    for E in config.experts:
-        for routing in config.routing:
-            found = _passes(results, "grouped", E, routing)
-            line = [*_about(found[0]), *_cells(found, "rate"), f"{found[1].gflops_per_s:.1f}"]
-            try:
-                ragged = results.find("ragged", "forward_backward", E, routing)
-                line += [_ms(ragged), f"{ragged.median_s / found[1].median_s:.1f}"]
-            except KeyError:
-                line += ["", ""]
-            lines.append(line)
-    head += ["ragged_dot fwd + bwd ms", "× grouped"]
-    parts.append(f"Grouped product: [{T * K}, {D}] × [E, {D}, {2 * F}]\n" + _aligned(head, lines))
-
-    if config.step is not None:
-        parts.append(_step_table(results, config.step))
-    return "\n\n".join([*parts, *results.notes])
-
-
-def _step_table(results: Results, step: FullStep) -> str:
-    lines = []
-    for name, cfg in {"moe_step": step.model, "dense_step": dense_equal(step.model)}.items():
-        found, counts = results.find(name, "step"), parameter_counts(cfg)
-        lines.append(
-            [
-                name.removesuffix("_step"),
-                f"{(counts.total + counts.mtp) / 1e6:.1f} M",
-                f"{counts.active / 1e6:.1f} M",
-                "" if found.max_violation is None else f"{found.max_violation:.2f}",
-                _ms(found),
-                f"{found.ratio:.2f}",
-                f"{found.tokens_per_s:,.0f}",
-                f"{found.gflops_per_s:.1f}",
-            ]
-        )
-    head = ["model", "parameters", "active", "MaxVio", "step ms", "× dense", "tokens/s", "GFLOP/s"]
-    title = f"Training step, AdamW, batch {step.batch_size} × {step.sequence_length} of random tokens"
-    return f"{title}\n{_aligned(head, lines)}"
-
-
-def _passes(results: Results, contender: str, *which: Any) -> tuple[Timing, Timing]:
-    return results.find(contender, "forward", *which), results.find(contender, "forward_backward", *which)
-
-
-def _about(timing: Timing) -> list[str]:
-    return [str(timing.experts), str(timing.routing), f"{timing.max_violation:.2f}"]
-
-
-def _cells(passes: tuple[Timing, Timing], compared: str) -> Iterator[str]:
-    for timing in passes:
-        yield _ms(timing)
-        yield f"{timing.ratio:.2f}" if compared == "× dense" else f"{1 / timing.ratio:.0%}"
-
-
-def _ms(timing: Timing) -> str:
-    return f"{1e3 * timing.median_s:,.2f} ({1e3 * timing.min_s:,.2f})"
-
-
-def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[n]) for line in [head, *lines]) for n in range(len(head))]
-    rows = ("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines])
-    return "\n".join(f"  {row}" for row in rows)
-
-
-def plot_moe(results: Results, path: Path) -> None:
-    """Writes one PNG: time of forward and backward pass against E at fixed active work, of the layer and the product.
-
-    E is on a logarithmic axis, and so is time beside ragged_dot, which is shown where it was measured. Dense equals are
-    horizontal lines.
-    """
-    config, env = results.config, results.environment
-    figure = Figure(figsize=(8.5, 7.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle("Forward and backward pass at fixed active work", x=0.01, ha="left", fontsize=13, fontweight="bold")
-    axes = figure.subplots(2, 1, sharex=True)
-    panels = [("MoE layer (ms)", "moe", "dense layer of the\nsame active FLOPs", "dense")]
-    panels += [("grouped product (ms)", "grouped", "one dense product\nof the same size", "product")]
-    for ax, (ylabel, name, reference_label, reference) in zip(axes, panels, strict=True):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-        ax.set_axisbelow(True)
-        for routing in config.routing:
-            found = sorted(
-                (
-                    t
-                    for t in results.timings
-                    if (t.contender, t.passes, t.routing) == (name, "forward_backward", routing)
-                ),
-                key=lambda t: t.experts or 0,
-            )
-            color, marker = _STYLES[routing]
-            ax.plot(
-                [t.experts for t in found],
-                [1e3 * t.median_s for t in found],
-                color=color,
-                marker=marker,
-                linewidth=2,
-                markersize=5,
-                label=f"{routing}, MaxVio {_span([t.max_violation or 0 for t in found])}",
-            )
-        ragged: dict[int, float] = {}
-        if name == "grouped":
-            for timing in results.timings:  # of the routings, the one that suits it best
-                if timing.contender == "ragged" and timing.experts is not None:
-                    ragged[timing.experts] = min(ragged.get(timing.experts, np.inf), 1e3 * timing.median_s)
-        if ragged:
-            sizes = sorted(ragged)
-            label = "jax.lax.ragged_dot"
-            ax.plot(sizes, [ragged[E] for E in sizes], "D--", color=PURPLE, linewidth=2, markersize=5, label=label)
-        level = 1e3 * results.find(reference, "forward_backward").median_s
-        ax.axhline(level, color=GREY, linewidth=1.5, linestyle=(0, (5, 3)), label=reference_label)
-        if ragged:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            ax.yaxis.set_minor_locator(NullLocator())
-        else:
-            ax.set_ylim(bottom=0)
-        ax.set_ylabel(ylabel)
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, alignment="left")
-    axes[0].set_title(
-        f"{config.tokens:,} tokens, hidden {config.hidden_size}, {config.experts_per_token} experts of"
-        f" {config.expert_size} per token, {config.dtype}; {env['platform']}, {env['cores']} cores",
-        loc="left",
-        fontsize=9,
-        color="#444444",
-    )
-    axes[1].set_xscale("log", base=2)
-    axes[1].set_xticks(sorted(config.experts), [str(E) for E in sorted(config.experts)])
-    axes[1].xaxis.set_minor_locator(NullLocator())
-    axes[1].set_xlabel("experts E")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-    return low if low == high else f"{low} to {high}"

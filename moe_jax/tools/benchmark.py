@@ -57,6 +57,7 @@ def benchmark_moe(
         raise ToolError(f"cannot write {plot}: {error}. Name another file with --plot") from error
 
     from moe_jax.benchmarks import moe as benchmark
+    from moe_jax.benchmarks import moe_report
 
     config = benchmark.MoEBenchmark(
         hidden_size=hidden_size,
@@ -71,8 +72,8 @@ def benchmark_moe(
         step=benchmark.FullStep() if full_step else None,
     )
     results = benchmark.benchmark_moe(config)
-    benchmark.plot_moe(results, plot)
-    print(json.dumps(results.to_json()) if as_json else f"{benchmark.table(results)}\n\nPlot: {plot}")
+    moe_report.plot_moe(results, plot)
+    print(json.dumps(results.to_json()) if as_json else f"{moe_report.table(results)}\n\nPlot: {plot}")
 
 
 def benchmark_decode(
@@ -128,7 +129,7 @@ def _load_profile(run: Path) -> tuple[float, ...]:
 
     from moe_jax.analysis.inspect_routing import make_routing
     from moe_jax.analysis.routing import expert_counts
-    from moe_jax.benchmarks.moe import load_profile
+    from moe_jax.benchmarks.routings import load_profile
 
     phase, definition, step, params, rest, _, rows = routed_text(run, None, (), 32_768)
     print(f"{run}: {phase}, step {step}; {', '.join(rows.names)}", file=sys.stderr, flush=True)

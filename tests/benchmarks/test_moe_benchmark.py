@@ -9,20 +9,11 @@ import pytest
 from moe_jax.__main__ import main
 from moe_jax.analysis.flops import parameter_counts
 from moe_jax.benchmarks import moe as benchmark
-from moe_jax.benchmarks.moe import (
-    FullStep,
-    MoEBenchmark,
-    assign,
-    benchmark_moe,
-    dense_equal,
-    expert_counts,
-    expert_loads,
-    load_profile,
-    plot_moe,
-    table,
-    v3_style,
-)
+from moe_jax.benchmarks.moe import FullStep, MoEBenchmark, benchmark_moe, dense_equal
+from moe_jax.benchmarks.moe_report import plot_moe, table
+from moe_jax.benchmarks.routings import assign, expert_counts, expert_loads, load_profile
 from moe_jax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from moe_jax.presets import v3_34m
 
 D, F, K, T = 16, 8, 2, 64
 TINY_MODEL = ModelConfig(
@@ -47,8 +38,9 @@ def max_violation(counts_E):
 
 @pytest.mark.parametrize("E", [6, 8, 64, 256])
 def test_routings_have_the_imbalance_that_they_claim(E):
-    config = MoEBenchmark(tokens=512)
-    counts = {name: expert_counts(expert_loads(name, config, E), 512, 6) for name in config.routing}
+    counts = {
+        name: expert_counts(expert_loads(name, E, 6, None, 0), 512, 6) for name in ("balanced", "measured", "worst")
+    }
     assert all(np.sum(counts_E) == 512 * 6 and np.max(counts_E) <= 512 for counts_E in counts.values())
     assert max_violation(counts["balanced"]) == 0
     np.testing.assert_array_equal(counts["worst"], np.where(np.arange(E) < 6, 512, 0))
@@ -74,11 +66,10 @@ def test_a_run_s_loads_keep_their_shape_at_other_numbers_of_experts():
     profile = load_profile(counts_LE)
     np.testing.assert_allclose(profile, [0.4, 0.8, 1.2, 1.6])
     for E, expected in [(4, 0.6), (32, 0.6)]:
-        config = MoEBenchmark(experts=(E,), experts_per_token=2, tokens=1000, load_profile=profile)
-        counts_E = expert_counts(expert_loads("measured", config, E), 1000, 2)
+        counts_E = expert_counts(expert_loads("measured", E, 2, profile, 0), 1000, 2)
         assert max_violation(counts_E) == pytest.approx(expected, abs=0.05)
-    collapsed = MoEBenchmark(experts_per_token=3, load_profile=(0.0, 0.0, 0.0, 4.0))
-    counts_E = expert_counts(expert_loads("measured", collapsed, 4), 100, 3)
+    collapsed = (0.0, 0.0, 0.0, 4.0)
+    counts_E = expert_counts(expert_loads("measured", 4, 3, collapsed, 0), 100, 3)
     assert np.sum(counts_E) == 300 and np.max(counts_E) == 100
 
 
@@ -133,7 +124,7 @@ def test_the_layer_works_on_the_prescribed_experts_and_pays_for_its_router():
 
 
 def test_the_dense_equal_has_the_active_parameters():
-    sparse = v3_style()
+    sparse = v3_34m()
     assert parameter_counts(sparse).total == pytest.approx(34e6, rel=0.01)
     dense = parameter_counts(dense_equal(sparse))
     assert dense.total == dense.active
