@@ -356,7 +356,7 @@ def child(report):
         os.write(report, b"%d s\\n" % step)
 
 rng, complete = random.Random(0), 0
-for _ in range(rounds):
+for number in range(rounds):
     read, write = os.pipe()
     pid = os.fork()  # before JAX starts any thread
     if pid == 0:
@@ -369,6 +369,8 @@ for _ in range(rounds):
     restored = lines.readline()
     assert restored, "restore failed"
     assert complete <= int(restored.split()[0]) <= complete + 1, (restored, complete)
+    for _ in range(number % 3):  # whole saves, however slow the machine is; then somewhere in the next one
+        complete = int(lines.readline().split()[0])
     time.sleep(rng.uniform(0, 0.4))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -388,7 +390,7 @@ def test_kill_9_at_any_moment_of_a_save_loses_at_most_that_save(tmp_path):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 3
+    assert int(result.stdout) >= 6  # those that were waited for
 
 
 def test_manifest_is_readable_by_people(tmp_path):
