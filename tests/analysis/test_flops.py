@@ -46,7 +46,8 @@ PUBLISHED = {
 
 
 def test_every_released_model_has_a_golden_value():
-    assert set(PUBLISHED) == {name for name in presets.PRESETS if not name.startswith("tiny_")}
+    ours = {name for name in presets.PRESETS if name.startswith("tiny_")} | {"v3_34m"}  # never released
+    assert set(PUBLISHED) == set(presets.PRESETS) - ours
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
