@@ -4,6 +4,7 @@
         --batch 2048 --seq 4096 --tokens 14.8e12 [--json]
     python -m launch.estimate --preset deepseek_v3 --chip h800 --chips 2048 --mesh.fsdp 64 --mesh.expert 32 \\
         --mfu 0.3894 --tokens 14.8e12
+    python -m launch.estimate --compare
 
 Without --mfu the speed is the roofline's, which no machine reaches: the largest of the times that computing, HBM and
 the interconnect take at their peaks. `python -m launch.compile` has XLA's word on memory and communication.
@@ -53,6 +54,8 @@ class Config:
     """Decoding: tokens of a row in the cache."""
     json: bool = False
     """Print JSON."""
+    compare: bool = False
+    """Print the bills of DeepSeek-V3, Llama 3.1 405B and a dense model of GPT-4's rumoured size, and nothing else."""
     model: ModelConfig = field(default_factory=deepseek_v3)
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
@@ -145,9 +148,9 @@ def time_and_money(config: Config, hardware: cost.Hardware, work: Any, sizes: di
     bound = cost.roofline(work.step, hardware, sizes)
     ideal = work.tokens * work.model_flops_per_token / (hardware.chips * hardware.chip.flops)
     seconds = ideal / config.mfu if config.mfu else bound.step_seconds
-    bill = cost.bill(config.tokens, work.tokens / seconds, hardware.chips, hardware.chip.dollars_per_hour)
-    chip_hours = bill.chip_hours + config.extra_chip_hours
-    price = hardware.chip.dollars_per_hour
+    price, watts = hardware.chip.dollars_per_hour, hardware.chip.watts
+    speed, extra = work.tokens / seconds, config.extra_chip_hours
+    bill = cost.bill(config.tokens, speed, hardware.chips, price, extra_chip_hours=extra, watts=watts)
     return {
         "step_seconds": seconds,
         "bound_by": "mfu given" if config.mfu else bound.bound_by,
@@ -160,9 +163,10 @@ def time_and_money(config: Config, hardware: cost.Hardware, work: Any, sizes: di
         "mfu": ideal / seconds,
         "tokens_per_second": work.tokens / seconds,
         "days": bill.days,
-        "chip_hours": chip_hours,
-        "dollars": None if price is None else chip_hours * price,
+        "chip_hours": bill.chip_hours,
+        "dollars": bill.dollars,
         "dollars_per_chip_hour": price,
+        "kilowatt_hours": bill.kilowatt_hours,
     }
 
 
@@ -181,6 +185,8 @@ def report(figures: dict[str, Any], config: Config) -> str:
     seconds = figures["roofline_seconds"]
     dollars, price = figures["dollars"], figures["dollars_per_chip_hour"]
     money = "no price is known: give --price" if dollars is None else f"${dollars:,.0f} at ${price:.2f} a chip hour"
+    if figures["kilowatt_hours"] is not None:
+        money += f", {figures['kilowatt_hours'] / 1e6:,.3g} GWh of the chips alone"
     parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in memory.items() if value)
     mesh = ", ".join(f"{name} {size}" for name, size in figures["mesh"].items())
     rows = [
@@ -216,6 +222,11 @@ def report(figures: dict[str, Any], config: Config) -> str:
 def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse(Config, sys.argv[1:] if arguments is None else arguments, __doc__)
+        if config.compare:
+            from moe_jax.analysis.bills import bills, comparison
+
+            print(json.dumps(bills(), indent=2) if config.json else comparison())
+            return 0
         figures = estimate(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -42,6 +42,8 @@ class Chip:
     """Without a torus: chips of a node ..."""
     network_bandwidth: float = 0.0
     """... and bytes/s one way of a chip to other nodes."""
+    watts: float | None = None
+    """Thermal design power of the chip alone, without host, network and cooling; None where no source was found."""
 
 
 CHIPS: dict[str, Chip] = {
@@ -53,9 +55,17 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 90e9, 2.70, "press on general availability, Dec 2024", wraps_at=16),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 90e9, None, devices=2, wraps_at=4),
     # Data sheets; the networks' 50 GB/s are those of DeepSeek's cluster (arXiv:2505.09343), unverified for others.
-    "a100": Chip(312e12, 80e9, 2.0e12, 300e9, 2.0, "middle of $1.1-3, 2026", node_chips=8, network_bandwidth=25e9),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 3.0, "middle of $2-5, 2026", node_chips=8, network_bandwidth=50e9),
-    "h800": Chip(989e12, 80e9, 3.35e12, 160e9, 2.0, "DeepSeek-V3's report", node_chips=8, network_bandwidth=50e9),
+    # Watts as Meta's model cards of Code Llama (A100) and Llama 3 (H100) state them; H800 is taken to be H100's,
+    # unverified.
+    "a100": Chip(
+        312e12, 80e9, 2.0e12, 300e9, 2.0, "middle of $1.1-3, 2026", node_chips=8, network_bandwidth=25e9, watts=400
+    ),
+    "h100": Chip(
+        989e12, 80e9, 3.35e12, 450e9, 3.0, "middle of $2-5, 2026", node_chips=8, network_bandwidth=50e9, watts=700
+    ),
+    "h800": Chip(
+        989e12, 80e9, 3.35e12, 160e9, 2.0, "DeepSeek-V3's report", node_chips=8, network_bandwidth=50e9, watts=700
+    ),
     "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 4.0, "middle of $2.5-7, 2026", node_chips=8, network_bandwidth=50e9),
     "b200": Chip(2250e12, 180e9, 8e12, 900e9, 5.0, "middle of $4.5-6, 2026", node_chips=8, network_bandwidth=50e9),
 }
@@ -239,10 +249,21 @@ class Bill:
     chip_hours: float
     dollars: float | None
     """None without a price."""
+    kilowatt_hours: float | None = None
+    """Of the chips alone, at their thermal design power; None where that is unknown."""
 
 
-def bill(tokens: float, tokens_per_second: float, chips: int, dollars_per_hour: float | None) -> Bill:
-    """Time and money for `tokens` at a speed of all chips together."""
+def bill(
+    tokens: float,
+    tokens_per_second: float,
+    chips: int,
+    dollars_per_hour: float | None,
+    *,
+    extra_chip_hours: float = 0.0,
+    watts: float | None = None,
+) -> Bill:
+    """Time, money and energy for `tokens` at a speed of all chips together, plus some more chip hours."""
     hours = tokens / tokens_per_second / 3600
-    dollars = None if dollars_per_hour is None else hours * chips * dollars_per_hour
-    return Bill(hours / 24, hours * chips, dollars)
+    chip_hours = hours * chips + extra_chip_hours
+    dollars = None if dollars_per_hour is None else chip_hours * dollars_per_hour
+    return Bill(hours / 24, chip_hours, dollars, None if watts is None else chip_hours * watts / 1000)

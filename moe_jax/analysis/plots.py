@@ -50,8 +50,10 @@ class Series:
     color: str
     style: str = "-"
     low: Sequence[float] = ()
-    """With `high`: borders of a band around the line."""
+    """With `high`: borders of a band around the line, or of bars at one or two values."""
     high: Sequence[float] = ()
+    marker: str = "o"
+    """Of one or two values, which are no line."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +348,9 @@ def _draw(ax: Axes, panel: Panel) -> None:
     for curve in panel.series:
         values = np.array(curve.values, float)
         if len(values) < 3:
-            ax.plot(curve.steps, values, "o-", color=curve.color, label=curve.label)
+            bars = np.array([values - curve.low, curve.high - values]) if len(curve.low) else None
+            style = {"fmt": f"{curve.marker}-", "color": curve.color, "capsize": 3}
+            ax.errorbar(curve.steps, values, yerr=bars, label=curve.label, **style)
             continue
         ax.scatter(curve.steps, values, s=size, color=curve.color, alpha=0.3, linewidths=0)
         smoothed = len(values) >= _FEWEST_TO_SMOOTH and not panel.joined

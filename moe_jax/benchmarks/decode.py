@@ -12,8 +12,6 @@ B batch (1), S sequence, T cached positions, C latent, H heads, J drafts.
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,8 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.analysis.flops import parameter_counts
+from moe_jax.analysis.tables import aligned
+from moe_jax.benchmarks.environment import environment
 from moe_jax.config import (
     AttentionConfig,
     ConfigError,
@@ -189,23 +189,11 @@ def benchmark_decode(config: DecodeBenchmark) -> Results:
         _say("attention")
         forms = _attention_forms(config)
         training, speculative = _speculative(config) if config.train_minutes or config.weights else (None, ())
-    return Results(_environment(), gigabytes_per_s, plain, forms, config.context, training, speculative)
+    return Results(environment(), gigabytes_per_s, plain, forms, config.context, training, speculative)
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _environment() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "machine": platform.machine(),
-        "cores": cores,
-        "jax": jax.__version__,
-    }
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -402,7 +390,7 @@ def table(results: Results) -> str:
         f"{env['platform']} ({env['device']}, {env['machine']}), {env['cores']} cores, jax {env['jax']}, float32;"
         f" memory {results.gigabytes_per_s:.1f} GB/s (best reading of 512 MiB)",
         "Plain decoding, batch 1\n"
-        + _aligned(
+        + aligned(
             ["model", "parameters", "MB a token", "tokens/s", "bound", "of bound"],
             [
                 [
@@ -417,7 +405,7 @@ def table(results: Results) -> str:
             ],
         ),
         f"Latent attention, one token and layer, {results.context} positions cached\n"
-        + _aligned(
+        + aligned(
             ["form", "µs", "cache bytes a position"],
             [[row.name, f"{row.microseconds:,.0f}", str(row.cache_bytes_per_token)] for row in results.attention],
         ),
@@ -432,7 +420,7 @@ def _speculative_lines(results: Results) -> Iterator[str]:
         t = results.training
         yield f"  trained here: {t['steps']:.0f} steps, {t['minutes']:.1f} min"
     places = max(row.drafts for row in results.speculative)
-    yield _aligned(
+    yield aligned(
         ["drafts", "tokens/s", "× plain", "tokens a pass", *[f"kept {j}" for j in range(1, places + 1)]],
         [
             [
@@ -448,9 +436,3 @@ def _speculative_lines(results: Results) -> Iterator[str]:
             for row in results.speculative
         ],
     )
-
-
-def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[n]) for line in [head, *lines]) for n in range(len(head))]
-    rows = ("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines])
-    return "\n".join(f"  {row}" for row in rows)

@@ -23,7 +23,7 @@ from jax import Array
 from tqdm import tqdm
 
 from moe_jax.analysis.flops import parameter_counts, training_flops_per_token
-from moe_jax.benchmarks.reporting import environment
+from moe_jax.benchmarks.environment import environment
 from moe_jax.benchmarks.routings import RoutingName, assign, expert_counts, expert_loads, max_violation
 from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.model.definition import Definition

@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from moe_jax.analysis.flops import parameter_counts
 from moe_jax.analysis.plots import BLUE, GREEN, GREY, ORANGE, PURPLE
+from moe_jax.analysis.tables import aligned
 from moe_jax.benchmarks.moe import FullStep, Results, Timing, dense_equal
-from moe_jax.benchmarks.reporting import aligned
 from moe_jax.benchmarks.routings import LOAD_SIGMA
 
 _STYLES = {"balanced": (BLUE, "o"), "measured": (GREEN, "s"), "worst": (ORANGE, "^")}

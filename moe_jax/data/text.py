@@ -192,6 +192,15 @@ def validation_batches(
     return iter(packed.batch(batch_size, drop_remainder=False).map(_rename).map(chosen_rows))
 
 
+def spread_validation_batches(
+    corpus: TextCorpus, tokenizer: Tokenizer, batch_size: int, sequence_length: int, count: int
+) -> list[dict[str, np.ndarray]]:
+    """`count` of the validation batches, spread evenly over that text; of 0, or of more than there are, all."""
+    batches = list(validation_batches(corpus, tokenizer, batch_size, sequence_length))
+    places = np.linspace(0, len(batches) - 1, min(count or len(batches), len(batches)))
+    return [batches[place] for place in places.round().astype(int)]
+
+
 class _Pieces(grain.experimental.FlatMapTransform):
     """A document's tokens, cut into pieces of at most S."""
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import presets
+from moe_jax.analysis.bills import bills, comparison
 from moe_jax.analysis.cost import (
     CHIPS,
     Collective,
@@ -188,3 +189,22 @@ def test_collectives_of_a_loop_compiled_here():
     assert sum(item.num_bytes * item.count for item in gathered) == 5 * 64 * 64 * 4
     assert {item.axes for item in gathered} == {("fsdp",)}
     assert {item.axes for item in found if item.kind == "all-reduce"} <= {("fsdp", "expert"), ("fsdp",), ("expert",)}
+
+
+def test_the_comparison_s_bills_are_near_what_was_published():
+    found = {row["name"]: row for row in bills()}
+    sparse, dense, rumoured = found.values()
+    assert sparse["chip_hours"] == pytest.approx(sparse["published_chip_hours"], rel=0.01)
+    assert sparse["published_dollars"] == pytest.approx(5.576e6) and sparse["dollars"] == pytest.approx(5.6e6, rel=0.01)
+    assert dense["chip_hours"] == pytest.approx(dense["published_chip_hours"], rel=0.15)
+    assert dense["training_flops"] == pytest.approx(3.8e25, rel=0.02)  # as published, from 6 N D
+    assert dense["kilowatt_hours"] == pytest.approx(dense["chip_hours"] * 0.7)
+    assert rumoured["published_chip_hours"] is None and "never confirmed" in rumoured["rumour"]
+    table = comparison()
+    assert "(RUMOUR)" in table and "Rumour: " in table and table.count("(RUMOUR)") == 1
+
+
+def test_a_bill_adds_hours_and_knows_no_energy_without_watts():
+    paid = bill(3600.0, 1.0, 8, 2.0, extra_chip_hours=4.0, watts=500.0)
+    assert (paid.chip_hours, paid.dollars, paid.kilowatt_hours) == (12.0, 24.0, 6.0)
+    assert bill(3600.0, 1.0, 8, None).kilowatt_hours is None

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.data import DataError
 from moe_jax.data import text as text_module
-from moe_jax.data.text import TextCorpus, TrainBatches, validation_batches
+from moe_jax.data.text import TextCorpus, TrainBatches, spread_validation_batches, validation_batches
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.training.loop import _merged
 
@@ -224,6 +224,14 @@ def test_every_validation_token_once(corpus):
     assert sorted(segment_texts(batches)) == sorted(pieces)
     bytes_seen = sum(int(TOKENIZER.token_bytes_V[b["tokens_BS"]][b["segment_ids_BS"] > 0].sum()) for b in batches)
     assert bytes_seen == sum(len(text.encode()) for text in corpus.validation)
+
+
+def test_some_validation_batches_are_spread_over_all(corpus):
+    batches = list(validation_batches(corpus, TOKENIZER, 3, 16))
+    few = spread_validation_batches(corpus, TOKENIZER, 3, 16, 3)
+    for batch, place in zip(few, (0, round((len(batches) - 1) / 2), -1), strict=True):
+        np.testing.assert_array_equal(batch["tokens_BS"], batches[place]["tokens_BS"])
+    assert len(spread_validation_batches(corpus, TOKENIZER, 3, 16, 0)) == len(batches)
 
 
 def test_validation_rows_do_not_depend_on_who_makes_them(corpus):
