@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import ArrayLike
 
 Rows = Sequence[Mapping[str, Any]]
@@ -110,7 +110,7 @@ def series(rows: Rows, metric: str, phase: str, label: str = "", color: str = ""
     return [Series(label or name, steps, values, color or own_color, style)]
 
 
-def plot_curves(path: Path, title: str, panels: Sequence[Panel], xlabel: str = "step") -> bool:
+def plot_curves(path: Path, title: str, panels: Sequence[Panel], xlabel: str = "step", log_x: bool = False) -> bool:
     """Writes one PNG with the panels one above another, on one x axis. Panels without a curve are left out.
 
     Returns whether there was anything to plot; if not, no file is written.
@@ -122,6 +122,11 @@ def plot_curves(path: Path, title: str, panels: Sequence[Panel], xlabel: str = "
     for ax, panel in zip(axes, panels, strict=True):
         _draw(ax, panel)
     axes[-1].set_xlabel(xlabel)
+    if log_x:
+        axes[-1].set_xscale("log")
+        axes[-1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes[-1].xaxis.set_minor_formatter(NullFormatter())
     _save(figure, path)
     return True
 

@@ -7,7 +7,7 @@ B rows, S tokens of a row, V vocabulary, L layers, D model, H heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_jax.analysis.flops import kv_cache_bytes_per_token, parameter_counts, training_flops_per_token
 from moe_jax.config import ModelConfig, RLConfig
@@ -25,14 +25,14 @@ class PolicyStepCost:
     """Of all devices together."""
 
     state_bytes: int
-    """float32: weights, two moments, the gradient (twice where it is accumulated), the start's weights, and the
-    reference's."""
+    """float32: weights, two moments, the gradient (twice where it is accumulated), the start's weights, the
+    reference's, and of a critic weights, moments and gradient."""
     sampling_bytes: int
     """Cache and logits of all rows, and the scores of one layer in the prefill."""
     update_bytes: int
     """Scores of one layer and what layers keep, of a micro-batch."""
     update_flops: int
-    """Training of all rows at full length, recomputation and the reference's pass included."""
+    """Training of all rows at full length, recomputation, the reference's and the critic's passes included."""
     sampling_read_bytes: int
     """What decoding reads at the least: all weights for each new token, and each row's cache, half full on average."""
 
@@ -46,14 +46,21 @@ class PolicyStepCost:
 
 
 def policy_step_cost(model: ModelConfig, rl: RLConfig, prompt_length: int) -> PolicyStepCost:
-    """The cost of one step of `rl` on `model`, with every row at its full length."""
+    """The cost of one step of `rl` on `model`, with every row at its full length.
+
+    A separate critic is the policy's trunk with one embedding and without multi-token prediction.
+    """
     N = rl.sampling.max_new_tokens
     S, B = prompt_length + N, rl.num_prompts * rl.group_size
     micro_B = B // (rl.num_minibatches * rl.accumulation_steps)
     element = 2 if model.dtype == "bfloat16" else _FLOAT32
-    weights = _FLOAT32 * parameter_counts(model).total
+    counts = parameter_counts(model)
+    weights = _FLOAT32 * (counts.total + counts.mtp)
     reference = weights if rl.loss.beta else 0
-    gradient = weights * (2 if rl.accumulation_steps > 1 else 1)
+    gradients = 2 if rl.accumulation_steps > 1 else 1
+    critic = rl.critic.kind if rl.loss.baseline == "critic" else None
+    trunk = parameter_counts(replace(model, tie_word_embeddings=True)).total + model.hidden_size
+    critic_state = (3 + gradients) * _FLOAT32 * trunk if critic == "separate" else 0
     cache = kv_cache_bytes_per_token(model, element)
     heads, layers, width = model.attention.num_heads, model.num_layers, model.hidden_size
 
@@ -61,12 +68,13 @@ def policy_step_cost(model: ModelConfig, rl: RLConfig, prompt_length: int) -> Po
     kept = layers * width * element + whole if model.remat == "block" else layers * whole
     forward = training_flops_per_token(model, S) // 3
     passes = 3 + (1 if model.remat == "block" else 0)
-    tokens = B * S
+    per_pass = passes * rl.num_iterations
+    forwards = per_pass + bool(reference) + bool(critic) + (per_pass if critic == "separate" else 0)
     return PolicyStepCost(
-        state_bytes=4 * weights + gradient + reference,
+        state_bytes=(4 + gradients) * weights + reference + critic_state,
         sampling_bytes=B * (S * cache + model.vocab_size * _FLOAT32 * 2)
         + rl.num_prompts * heads * prompt_length**2 * _FLOAT32,
         update_bytes=micro_B * (_SCORE_COPIES * heads * S**2 * _FLOAT32 + S * kept),
-        update_flops=tokens * forward * (passes * rl.num_iterations + (1 if reference else 0)),
-        sampling_read_bytes=N * (weights + B * (prompt_length + N // 2) * cache),
+        update_flops=B * S * forward * forwards,
+        sampling_read_bytes=N * (_FLOAT32 * counts.total + B * (prompt_length + N // 2) * cache),
     )
