@@ -105,19 +105,21 @@ def _differences(a: Any, b: Any, prefix: str) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def start_weights(run: Run, init: str, definition: Definition, mesh: Mesh) -> tuple[Arrays, Arrays]:
-    """(params, rest) that a run starts from, on the mesh: read from `init` at its first start, then from its folder.
+def start_weights(
+    run: Run, init: str, definition: Definition, mesh: Mesh, phase: str = INIT_PHASE
+) -> tuple[Arrays, Arrays]:
+    """(params, rest) that a run starts from, on the mesh: read from `init` at its first start, then from its folder,
+    where they are the checkpoint of `phase`.
 
     Raises:
         RunError, CheckpointError, ConfigError, CheckpointFilesError: they cannot be read or saved.
     """
-    with run.checkpointer(INIT_PHASE, keep=1) as checkpoints:
+    with run.checkpointer(phase, keep=1) as checkpoints:
         restored = checkpoints.restore(abstract_weights(definition, mesh))
         if restored is not None:
             return restored.state["params"], restored.state["rest"]
         if _is_run(init):
-            phase = newest_phase(Path(init))
-            weights = restore_weights(Path(init), definition, phase, mesh)
+            weights = restore_weights(Path(init), definition, newest_phase(Path(init)), mesh)
             params, rest = weights.params, weights.rest
         else:
             loaded = load_pretrained(init, mesh if mesh.size > 1 else None)
