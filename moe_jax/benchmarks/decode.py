@@ -6,6 +6,12 @@ measured with a model that is trained here, on generated problems, until its dra
 
 All contenders of a table are timed in turns, so that noise hits all alike, and of each the best turn counts.
 
+Measured on 2 cores whose memory gives 22.3 GB/s, float32, as shares of the bound: dense 82 % (133 tokens/s), dense
+with latent attention 58 %, sparse 53 % (97 tokens/s), sparse with latent attention 48 %. Sparse layers lose most in the
+products with experts, 12 GB/s; unrolled loops, gathers, branches and experts in arrays of their own gave no more. At
+4,096 positions one layer's latent attention takes 1.4 ms absorbed, 7.5 ms expanded at every step, 3.0 ms with expanded
+keys and values cached.
+
 B batch (1), S sequence, T cached positions, C latent, H heads, J drafts.
 """
 

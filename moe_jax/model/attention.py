@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, yarn_mscale
+from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, linear, yarn_mscale
 from moe_jax.ops.attention import Causal, Tokens, attention
 from moe_jax.sharding import by_queries
 
@@ -60,7 +60,7 @@ class MLA(nnx.Module):
         self.scale = (N + R) ** -0.5 * m * m
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
-        compressed = jnp.einsum("BSD,DC->BSC", x_BSD, self.key_value_a_DC[...].astype(x_BSD.dtype))
+        compressed = linear(x_BSD, self.key_value_a_DC[...])
         latent_BSC, key_BSR = jnp.split(compressed, [self.cfg.kv_lora_rank], axis=-1)
         key_BSR = apply_rope(key_BSR[:, :, None], rot, self.cfg.rope.layout)[:, :, 0]
         return Entries(self.key_value_norm(latent_BSC), key_BSR)
@@ -93,13 +93,13 @@ class MLA(nnx.Module):
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> tuple[Array, Array]:
         if self.cfg.q_lora_rank:
-            x_BSD = self.query_norm(jnp.einsum("BSD,DQ->BSQ", x_BSD, self.query_a_DQ[...].astype(x_BSD.dtype)))
-        query = jnp.einsum("BSQ,QHN->BSHN", x_BSD, self.query_b[...].astype(x_BSD.dtype))
+            x_BSD = self.query_norm(linear(x_BSD, self.query_a_DQ[...]))
+        query = linear(x_BSD, self.query_b[...])
         query_BSHN, query_BSHR = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
         return query_BSHN, apply_rope(query_BSHR, rot, self.cfg.rope.layout)
 
     def _output(self, mixed_BSHV: Array) -> Array:
-        return jnp.einsum("BSHV,HVD->BSD", mixed_BSHV, self.output_HVD[...].astype(mixed_BSHV.dtype))
+        return linear(mixed_BSHV, self.output_HVD[...], 2)
 
 
 class GQA(nnx.Module):
@@ -124,8 +124,8 @@ class GQA(nnx.Module):
         self.scale = W**-0.5 * m * m
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
-        key_BSKW = jnp.einsum("BSD,DKW->BSKW", x_BSD, self.key_DKW[...].astype(x_BSD.dtype))
-        value_BSKW = jnp.einsum("BSD,DKW->BSKW", x_BSD, self.value_DKW[...].astype(x_BSD.dtype))
+        key_BSKW = linear(x_BSD, self.key_DKW[...])
+        value_BSKW = linear(x_BSD, self.value_DKW[...])
         if self.cfg.qkv_bias:
             key_BSKW += self.key_bias[...].reshape(key_BSKW.shape[2:]).astype(x_BSD.dtype)
             value_BSKW += self.value_bias[...].reshape(value_BSKW.shape[2:]).astype(x_BSD.dtype)
@@ -143,7 +143,7 @@ class GQA(nnx.Module):
         return self._output(attention(self._queries(x_BSD, rot), *entries, mask_BST, self.scale))
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> Array:
-        query_BSHW = jnp.einsum("BSD,DHW->BSHW", x_BSD, self.query_DHW[...].astype(x_BSD.dtype))
+        query_BSHW = linear(x_BSD, self.query_DHW[...])
         if self.cfg.qkv_bias:
             query_BSHW += self.query_bias[...].reshape(query_BSHW.shape[2:]).astype(x_BSD.dtype)
         if self.cfg.qk_norm != "none":
@@ -151,7 +151,7 @@ class GQA(nnx.Module):
         return apply_rope(query_BSHW, rot, self.cfg.rope.layout)
 
     def _output(self, mixed_BSHW: Array) -> Array:
-        return jnp.einsum("BSHW,HWD->BSD", mixed_BSHW, self.output_HWD[...].astype(mixed_BSHW.dtype))
+        return linear(mixed_BSHW, self.output_HWD[...], 2)
 
 
 def _norm_heads(norm: RMSNorm, x_BSHW: Array, cfg: AttentionConfig) -> Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig, RoPEConfig
+from moe_jax.ops.row_product import row_product
 
 
 class Initializer:
@@ -39,6 +40,33 @@ def constant(value: float, size: int, axis: str | None) -> nnx.Param:
     return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,), roles="")
 
 
+def linear(x: Array, w: Array, contracted: int = 1, dtype: Any = None) -> Array:
+    """x · w over the last `contracted` dimensions of x and the first ones of w.
+
+    Args:
+        x: [..., *inputs].
+        w: [*inputs, *outputs]; taken in x's dtype.
+        contracted: how many dimensions the inputs have.
+        dtype: of the result [..., *outputs]; x's if not given.
+    """
+    w, dtype = w.astype(x.dtype), dtype or x.dtype
+    rows, outputs = x.shape[: x.ndim - contracted], w.shape[contracted:]
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def product(x: Array, w: Array) -> Array:
+        dims = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
+        return jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=dtype)
+
+    def decoding(x: Array, w: Array) -> Array:
+        accumulator = jnp.promote_types(dtype, jnp.float32)
+        y = row_product(x.reshape(-1), w.reshape(-1, math.prod(outputs)), accumulator)
+        return y.astype(dtype).reshape(*rows, *outputs)
+
+    if math.prod(rows) == 1 and (mesh.empty or mesh.size == 1):
+        return jax.lax.platform_dependent(x, w, cpu=decoding, default=product)
+    return product(x, w)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in float32, returned in x's dtype."""
 
@@ -61,8 +89,7 @@ class SwiGLU(nnx.Module):
         self.down_FD = init.weight((intermediate_size, hidden_size), ("mlp", "embed"), "io")
 
     def __call__(self, x_BSD: Array) -> Array:
-        gate_up = jnp.einsum("...D,DGF->...GF", x_BSD, self.gate_up_D2F[...].astype(x_BSD.dtype))
-        return jnp.einsum("...F,FD->...D", gated(gate_up), self.down_FD[...].astype(x_BSD.dtype))
+        return linear(gated(linear(x_BSD, self.gate_up_D2F[...])), self.down_FD[...])
 
 
 def gated(gate_up: Array) -> Array:

@@ -15,7 +15,7 @@ from jax import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Entries
 from moe_jax.model.block import Block, Context
-from moe_jax.model.layers import Initializer, RMSNorm, rematerialised
+from moe_jax.model.layers import Initializer, RMSNorm, linear, rematerialised
 from moe_jax.model.router import RouterStats
 from moe_jax.sharding import balanced, in_order
 
@@ -60,7 +60,7 @@ class MTP(nnx.Module):
             if self.cfg.mtp.hidden_first:
                 pair.reverse()
             joined = jnp.concatenate(pair, axis=-1)
-            x_BSD = jnp.einsum("BSJ,JD->BSD", joined, projection[...].astype(joined.dtype))
+            x_BSD = linear(joined, projection[...])
             inside_BS = (segment_ids_BS > 0) & (segment_ahead_BS == segment_ids_BS)
             x_BSD, stats, _ = block(balanced(x_BSD), ctx._replace(valid_BS=balanced(inside_BS)), layer=layer)
             hidden_BSD = output_norm(in_order(x_BSD))
@@ -87,7 +87,7 @@ class MTP(nnx.Module):
         if self.cfg.mtp.hidden_first:
             pair.reverse()
         joined = jnp.concatenate(pair, axis=-1)
-        x_BSD = jnp.einsum("BSJ,JD->BSD", joined, self.projection_N2DD[...][0].astype(joined.dtype))
+        x_BSD = linear(joined, self.projection_N2DD[...][0])
         x_BSD, _, entries = block(x_BSD, ctx, entries, layer)
         return output_norm(x_BSD), entries
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moe_jax.ops.row_product import row_product
+
 Implementation = Literal["ragged", "blocked", "reference"]
 
 
@@ -299,12 +301,11 @@ def _row_by_row(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: boo
     (num_rows, _, dtype), (_, D, F) = _size(x_TD), w_EDF.shape
     ends_E = jnp.cumsum(group_sizes_E)
     group_T = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
-    einsum = "BF,DF->BD" if transpose_w else "BD,DF->BF"
 
     def row(t: Array, y_TF: Array) -> Array:
         w_DF = lax.dynamic_index_in_dim(w_EDF, group_T[t], keepdims=False)
-        y_BF = jnp.einsum(einsum, _take(x_TD, t, 1), w_DF, preferred_element_type=_accumulator(dtype))
-        return lax.dynamic_update_slice_in_dim(y_TF, y_BF.astype(dtype), t, 0)
+        y_F = row_product(_take(x_TD, t, 1)[0], w_DF.T if transpose_w else w_DF, _accumulator(dtype))
+        return lax.dynamic_update_index_in_dim(y_TF, y_F.astype(dtype), t, 0)
 
     return lax.fori_loop(0, ends_E[-1], row, jnp.zeros((num_rows, D if transpose_w else F), dtype))
 

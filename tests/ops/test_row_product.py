@@ -1,0 +1,40 @@
+"""A single row's products: the same numbers as any row's, in every place that decoding takes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.layers import linear
+from moe_jax.ops.row_product import row_product
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (7, 5), (1, 3)])  # even, and odd: not divided
+def test_row_product_is_the_product_of_float64(shape):
+    rng = np.random.default_rng(0)
+    x_D, w_DF = rng.standard_normal(shape[0]), rng.standard_normal(shape)
+    y_F = row_product(jnp.asarray(x_D, jnp.float32), jnp.asarray(w_DF, jnp.float32), jnp.float32)
+    np.testing.assert_allclose(y_F, x_D @ w_DF, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("contracted", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_row_and_many_agree(contracted, dtype):
+    inputs, outputs = ((8,), (2, 3)) if contracted == 1 else ((2, 4), (6,))
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 1, *inputs)).astype(dtype)
+    w = jax.random.normal(keys[1], (*inputs, *outputs))
+    many = linear(x, w, contracted)
+    one = jnp.concatenate([linear(x[b : b + 1], w, contracted) for b in range(2)])
+    assert one.dtype == many.dtype == dtype
+    assert one.shape == (2, 1, *outputs)
+    tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(one.astype(np.float32), many.astype(np.float32), rtol=tolerance, atol=tolerance)
+    assert linear(x[:1], w, contracted, dtype=jnp.float32).dtype == jnp.float32
+
+
+def test_gradients_pass_through_a_single_row():
+    x, w = jnp.arange(1.0, 5.0)[None, None], jnp.ones((4, 3))
+    dx, dw = jax.grad(lambda x, w: jnp.sum(linear(x, w)), argnums=(0, 1))(x, w)
+    np.testing.assert_allclose(dx, jnp.full((1, 1, 4), 3.0))
+    np.testing.assert_allclose(dw, jnp.broadcast_to(x[0, 0][:, None], (4, 3)))
