@@ -321,7 +321,8 @@ class Laboratory:
         from moe_jax.training.supervised import make_loss, make_totals, train_supervised
 
         optimizer = make_optimizer(train.optimizer, train.steps, definition)
-        loss, totals = make_loss(definition, (self.tokenizer.pad_id,)), make_totals(definition)
+        trained = definition.at(train.precision)
+        loss, totals = make_loss(trained, (self.tokenizer.pad_id,)), make_totals(trained)
         make = self._updates.setdefault(
             phase.split("-seed")[0],
             make_update(
@@ -482,14 +483,14 @@ class Laboratory:
         if method not in self._updates:
             cfg, banned = self.cfg, (self.tokenizer.pad_id,)
             optimizer = make_optimizer(cfg.distill.optimizer, updates, self.definition)
+            trained = self.definition.at(cfg.distill.precision)
             if method in ("logits", "on_policy"):
                 beta = cfg.beta_logits if method == "logits" else cfg.beta_on_policy
-                loss = make_distillation_loss(
-                    self.definition, beta=beta, temperature=cfg.temperature, banned_ids=banned
-                )
+                options = {"beta": beta, "temperature": cfg.temperature, "banned_ids": banned}
+                loss = make_distillation_loss(trained, **options)
             else:
-                loss = make_loss(self.definition, banned)
-            totals, pieces = make_totals(self.definition), cfg.distill.accumulation_steps
+                loss = make_loss(trained, banned)
+            totals, pieces = make_totals(trained), cfg.distill.accumulation_steps
             self._updates[method] = make_update(loss, totals, optimizer, accumulation_steps=pieces), optimizer
         return self._updates[method]
 

@@ -235,10 +235,11 @@ class Laboratory:
             )
             for purpose in ("base", "control")
         }
-        self.optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, self.definition)
+        definition = self.definition.at(cfg.pretrain.precision)
+        self.optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, definition)
         self.update = make_update(
-            make_loss(self.definition, banned_ids=(self.tokenizer.pad_id,)),
-            make_totals(self.definition),
+            make_loss(definition, banned_ids=(self.tokenizer.pad_id,)),
+            make_totals(definition),
             self.optimizer,
             accumulation_steps=cfg.pretrain.accumulation_steps,
             balance=cfg.model.moe,

@@ -215,7 +215,7 @@ class Laboratory:
         from moe_jax.training.state import make_update
         from moe_jax.training.supervised import make_loss, make_totals
 
-        definition = Definition.of(replace(self.cfg.model, moe=variant.moe))
+        definition = Definition.of(replace(self.cfg.model, moe=variant.moe)).at(self.cfg.train.precision)
         return make_update(
             make_loss(definition, (self.tokenizer.pad_id,)),
             make_totals(definition),

@@ -308,9 +308,10 @@ class Laboratory:
             train, mesh = self.cfg.train, self.session.mesh
             definition = Definition.of(replace(self.cfg.model, mtp=variant.mtp))
             optimizer = make_optimizer(train.optimizer, variant.steps, definition)
+            trained = definition.at(train.precision)
             update = make_update(
-                make_loss(definition, self.banned),
-                make_totals(definition),
+                make_loss(trained, self.banned),
+                make_totals(trained),
                 optimizer,
                 accumulation_steps=train.accumulation_steps,
                 balance=self.cfg.model.moe,

@@ -90,8 +90,8 @@ def experiment(cfg: Config, session: Session) -> None:
     banned = (tokenizer.pad_id,)
     optimizer = make_optimizer(train.optimizer, train.steps, definition)
     update = make_update(
-        make_loss(definition, banned),
-        make_totals(definition),
+        make_loss(definition.at(train.precision), banned),
+        make_totals(definition.at(train.precision)),
         optimizer,
         accumulation_steps=train.accumulation_steps,
         balance=cfg.model.moe,

@@ -367,7 +367,8 @@ class Program:
             return jax.tree.map(lambda x: x * state.rate, changes), Rated(state.rate, after)
 
         optimizer = optax.GradientTransformation(init, change)
-        update = make_update(make_loss(definition, banned), make_totals(definition), optimizer, balance=run.model.moe)
+        trained = definition.at(run.train.precision)
+        update = make_update(make_loss(trained, banned), make_totals(trained), optimizer, balance=run.model.moe)
 
         def steps(state: TrainState, batches: Any, rates_N: Any, count: Any) -> tuple[TrainState, dict[str, jax.Array]]:
             """`count` updates, on the first of N batches; metrics are means over them."""

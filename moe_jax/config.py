@@ -301,9 +301,23 @@ class ModelConfig:
     remat: Literal["none", "block", "dots"] = "none"
     """What the backward pass computes anew, besides the scores of attention: nothing, all of a block, or all but the
     products with plain weights."""
+    quantization: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Operands of the products with blocks' matrices, rounded as they are used. "fp8" (E4M3) and "int8": all three of a
+    linear map, forward and backward (DeepSeek-V3 §3.3). "int4": weights alone, with straight-through gradients.
+    Embedding, head, router, norms and the inside of attention stay in `dtype`. `train.precision` sets it for training
+    alone."""
+    quantization_block: int = 128
+    """Numbers along a contracted axis that share a scale; 0: all of them, except with "int4"."""
 
     def __post_init__(self) -> None:
         _require_literals(self)
+        _require_not_negative(self, "quantization_block")
+        _require(
+            self.quantization != "int4" or self.quantization_block > 0,
+            self,
+            "quantization_block",
+            "must be greater than 0 with quantization = 'int4': four bits need a scale of their own every so often",
+        )
         _require_positive(
             self, "vocab_size", "hidden_size", "num_layers", "max_position", "rms_norm_eps", "initializer_range"
         )
@@ -326,6 +340,16 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers
+
+
+def at_precision(model: ModelConfig, precision: str) -> ModelConfig:
+    """The model with the arithmetic that a `TrainConfig.precision` names."""
+    if precision == "model":
+        return model
+    if precision in ("fp32", "bf16"):
+        dtype = "float32" if precision == "fp32" else "bfloat16"
+        return dataclasses.replace(model, dtype=dtype, quantization="none")
+    return dataclasses.replace(model, quantization=precision)
 
 
 @dataclass(frozen=True)
@@ -403,9 +427,14 @@ class TrainConfig:
     """Tokens a row; documents are packed into rows and do not attend to each other."""
     accumulation_steps: int = 1
     """Micro-batches that a step's batch is divided into."""
+    precision: Literal["model", "fp32", "bf16", "fp8", "int8", "int4"] = "model"
+    """Arithmetic of the training step: the model's own; all in float32 or bfloat16; or, of blocks' matrices, in 8 bits
+    or with weights rounded to 4 (`ModelConfig.quantization`), the rest in the model's dtype. Stored weights are float32
+    in any case. Validation and sampling are in the model's own, unless an experiment says otherwise."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
+        _require_literals(self)
         _require_positive(self, "steps", "batch_size", "accumulation_steps")
         _require(self.sequence_length > 1, self, "sequence_length", "must be at least 2, one token predicts the next")
         _require(

@@ -213,6 +213,42 @@ def by_queries(f: Callable[..., jax.Array], queries: Any, keys: Any, weights: An
     return mapped(queries, keys, weights)
 
 
+def on_weight_shards(
+    f: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    axes: Sequence[str | None],
+    contracted: int,
+) -> jax.Array:
+    """f(x, w), a product over the last `contracted` dimensions of x [B, S, ...] and the first ones of w: on each device
+    for its tokens and its shard of w, whole along `fsdp`.
+
+    For products whose insides XLA's partitioner would divide badly. `axes` are w's logical axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return f(x, w)
+    w_spec = partition_spec(axes, w.shape, mesh)
+    inputs, outputs = ([name if name == "tensor" else None for name in part] for part in _split(w_spec, contracted))
+    tokens = partition_spec(token_axes(x.shape), x.shape[:2], mesh)
+    between = [None] * (x.ndim - 2 - contracted)
+
+    def shard(x: jax.Array, w: jax.Array) -> jax.Array:
+        for dimension, name in enumerate(w_spec):
+            if name == "fsdp":
+                w = lax.all_gather(w, "fsdp", axis=dimension, tiled=True)
+        y = f(x, w)
+        return lax.psum(y, "tensor") if "tensor" in inputs else y
+
+    specs = PartitionSpec(*tokens, *between, *inputs), w_spec
+    out = PartitionSpec(*tokens, *between, *outputs)
+    return jax.shard_map(shard, in_specs=specs, out_specs=out, check_vma=False)(x, w)
+
+
+def _split(spec: PartitionSpec, at: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return tuple(spec)[:at], tuple(spec)[at:]
+
+
 def _columns(x: jax.Array, mesh: Any, axis: int = 1) -> PartitionSpec:
     """That of an array of tokens whose rows are on the dimension before `axis`, where the columns are divided."""
     axes = (None,) * (axis - 1) + ("batch", "sequence")

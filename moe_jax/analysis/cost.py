@@ -44,30 +44,87 @@ class Chip:
     """... and bytes/s one way of a chip to other nodes."""
     watts: float | None = None
     """Thermal design power of the chip alone, without host, network and cooling; None where no source was found."""
+    fp8_flops: float | None = None
+    """FLOP/s in FP8, dense; None where the chip has no faster units for it than for bfloat16."""
+    int8_flops: float | None = None
 
 
 CHIPS: dict[str, Chip] = {
     # Google Cloud's documentation. HBM bandwidth of v5p is 2,765 GB/s there, 2,460 in jax's table. A link of TPU7x is
     # taken to be v5p's, since both documents say 1,200 GB/s for all of a chip's links both ways.
     "v4": Chip(275e12, 32 * GIB, 1200e9, 45e9, 3.22, "Cloud price page, v4-64, undated copy", wraps_at=4),
-    "v5e": Chip(197e12, 16e9, 819e9, 45e9, 1.20, "How to Scale Your Model, Feb 2025", wraps_at=16),
+    "v5e": Chip(197e12, 16e9, 819e9, 45e9, 1.20, "How to Scale Your Model, Feb 2025", wraps_at=16, int8_flops=394e12),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 90e9, 4.20, "How to Scale Your Model, Feb 2025", wraps_at=4),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 90e9, 2.70, "press on general availability, Dec 2024", wraps_at=16),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 90e9, None, devices=2, wraps_at=4),
+    "v6e": Chip(
+        918e12, 32 * GIB, 1638e9, 90e9, 2.70, "press on general availability, Dec 2024", wraps_at=16, int8_flops=1836e12
+    ),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 90e9, None, devices=2, wraps_at=4, fp8_flops=4614e12),
     # Data sheets; the networks' 50 GB/s are those of DeepSeek's cluster (arXiv:2505.09343), unverified for others.
+    # Eight bits on GPUs are taken to be twice as fast as bfloat16, as data sheets say (A100's INT8: unverified).
     # Watts as Meta's model cards of Code Llama (A100) and Llama 3 (H100) state them; H800 is taken to be H100's,
     # unverified.
     "a100": Chip(
-        312e12, 80e9, 2.0e12, 300e9, 2.0, "middle of $1.1-3, 2026", node_chips=8, network_bandwidth=25e9, watts=400
+        312e12,
+        80e9,
+        2.0e12,
+        300e9,
+        2.0,
+        "middle of $1.1-3, 2026",
+        node_chips=8,
+        int8_flops=624e12,
+        network_bandwidth=25e9,
+        watts=400,
     ),
     "h100": Chip(
-        989e12, 80e9, 3.35e12, 450e9, 3.0, "middle of $2-5, 2026", node_chips=8, network_bandwidth=50e9, watts=700
+        989e12,
+        80e9,
+        3.35e12,
+        450e9,
+        3.0,
+        "middle of $2-5, 2026",
+        node_chips=8,
+        fp8_flops=1979e12,
+        int8_flops=1979e12,
+        network_bandwidth=50e9,
+        watts=700,
     ),
     "h800": Chip(
-        989e12, 80e9, 3.35e12, 160e9, 2.0, "DeepSeek-V3's report", node_chips=8, network_bandwidth=50e9, watts=700
+        989e12,
+        80e9,
+        3.35e12,
+        160e9,
+        2.0,
+        "DeepSeek-V3's report",
+        node_chips=8,
+        fp8_flops=1979e12,
+        int8_flops=1979e12,
+        network_bandwidth=50e9,
+        watts=700,
     ),
-    "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 4.0, "middle of $2.5-7, 2026", node_chips=8, network_bandwidth=50e9),
-    "b200": Chip(2250e12, 180e9, 8e12, 900e9, 5.0, "middle of $4.5-6, 2026", node_chips=8, network_bandwidth=50e9),
+    "h200": Chip(
+        989e12,
+        141e9,
+        4.8e12,
+        450e9,
+        4.0,
+        "middle of $2.5-7, 2026",
+        node_chips=8,
+        fp8_flops=1979e12,
+        int8_flops=1979e12,
+        network_bandwidth=50e9,
+    ),
+    "b200": Chip(
+        2250e12,
+        180e9,
+        8e12,
+        900e9,
+        5.0,
+        "middle of $4.5-6, 2026",
+        node_chips=8,
+        fp8_flops=4500e12,
+        int8_flops=4500e12,
+        network_bandwidth=50e9,
+    ),
 }
 """Peaks and prices per chip. Prices differ by a factor of several between sellers and months: give your own."""
 
@@ -94,8 +151,9 @@ class Hardware:
     def device(self) -> Chip:
         """A device's share of its chip."""
         n = self.chip.devices
-        shares = {name: getattr(self.chip, name) / n for name in ("flops", "hbm_bytes", "hbm_bandwidth")}
-        return replace(self.chip, **shares, link_bandwidth=self.chip.link_bandwidth / n)
+        rates = ("flops", "fp8_flops", "int8_flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth")
+        values = {name: getattr(self.chip, name) for name in rates}
+        return replace(self.chip, **{name: value and value / n for name, value in values.items()})
 
 
 def parse_hardware(topology: str = "", chip: str = "", chips: int = 0) -> Hardware:
@@ -210,6 +268,9 @@ class Step:
     hbm_bytes: float
     """Read and written, at least."""
     collectives: tuple[Collective, ...] = ()
+    quantization: Literal["none", "fp8", "int8", "int4"] = "none"
+    quantized_flops: float = 0.0
+    """Those of `flops` whose operands have 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +297,9 @@ class Roofline:
 def roofline(step: Step, hardware: Hardware, sizes: Mapping[str, int]) -> Roofline:
     """The step's three times; collectives are added up, as if none overlapped with another."""
     chip = hardware.device
+    fast = {"fp8": chip.fp8_flops, "int8": chip.int8_flops}.get(step.quantization) or chip.flops
     return Roofline(
-        step.flops / chip.flops,
+        (step.flops - step.quantized_flops) / chip.flops + step.quantized_flops / fast,
         step.hbm_bytes / chip.hbm_bandwidth,
         sum(collective_seconds(collective, hardware, sizes) for collective in step.collectives),
     )

@@ -80,6 +80,20 @@ def training_flops_per_token(
     return 3 * forward
 
 
+def quantizable_flops_per_token(cfg: ModelConfig) -> int:
+    """Those of one pass through the blocks' matrices, MTP modules included: what `ModelConfig.quantization` is about."""
+    blocks = (cfg.num_layers + (cfg.mtp.depth if cfg.moe.num_experts else 0)) * _attention_weights(cfg)
+    blocks += cfg.num_dense_layers * 3 * cfg.hidden_size * cfg.intermediate_size
+    if cfg.moe.num_experts:
+        router = cfg.hidden_size * cfg.moe.num_experts
+        sparse = _moe_weights(cfg, cfg.moe.num_experts_per_token) - router
+        blocks += (cfg.num_moe_layers + cfg.mtp.depth) * sparse
+    else:
+        blocks += cfg.mtp.depth * (_attention_weights(cfg) + 3 * cfg.hidden_size * cfg.intermediate_size)
+    projection = cfg.mtp.depth * 2 * cfg.hidden_size**2 if cfg.mtp.kind == "causal" else 0
+    return 2 * (blocks + projection)
+
+
 def kv_cache_bytes_per_token(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
     """Bytes that one token occupies in the cache: MLA keeps a latent and one rotary key, GQA keys and values."""
     a = cfg.attention

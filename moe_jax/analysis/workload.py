@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jax.sharding import AbstractMesh
 
 from moe_jax.analysis.cost import Collective, Kind, Step
-from moe_jax.analysis.flops import kv_cache_bytes_per_token, training_flops_per_token
+from moe_jax.analysis.flops import kv_cache_bytes_per_token, quantizable_flops_per_token, training_flops_per_token
 from moe_jax.config import ConfigError, MeshConfig, ModelConfig
 from moe_jax.model.definition import Definition
 from moe_jax.sharding import RULES, partition_spec
@@ -60,7 +60,7 @@ def weights(cfg: ModelConfig, sizes: dict[str, int]) -> list[Weight]:
     """Every parameter, and how the mesh divides it."""
     # What is computed anew changes no weight, and shapes take a second.
     definition, mesh = (
-        _definition(dataclasses.replace(cfg, remat="none")),
+        _definition(dataclasses.replace(cfg, remat="none", quantization="none")),
         AbstractMesh(tuple(sizes.values()), tuple(sizes)),
     )
     found = []
@@ -155,7 +155,11 @@ def training_workload(
     hbm += M * passes * (width * gathered + layers * (2 * scores + 12 * T * D * width))
     collectives = tuple(_training_collectives(cfg, all_weights, sizes, T, M))
     model_flops = float(training_flops_per_token(cfg, sequence))
-    return Workload(Step(flops, hbm, collectives), memory, batch * sequence, model_flops)
+    quantized = 0.0
+    if cfg.quantization in ("fp8", "int8"):
+        quantized = M * T * passes * quantizable_flops_per_token(cfg) / sizes["tensor"]
+    step = Step(flops, hbm, collectives, cfg.quantization, quantized)
+    return Workload(step, memory, batch * sequence, model_flops)
 
 
 def executed_flops_per_token(cfg: ModelConfig, sequence: int) -> float:

@@ -60,7 +60,7 @@ class MLA(nnx.Module):
         self.scale = (N + R) ** -0.5 * m * m
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
-        compressed = linear(x_BSD, self.key_value_a_DC[...])
+        compressed = linear(x_BSD, self.key_value_a_DC)
         latent_BSC, key_BSR = jnp.split(compressed, [self.cfg.kv_lora_rank], axis=-1)
         key_BSR = apply_rope(key_BSR[:, :, None], rot, self.cfg.rope.layout)[:, :, 0]
         return Entries(self.key_value_norm(latent_BSC), key_BSR)
@@ -69,16 +69,16 @@ class MLA(nnx.Module):
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
 
         # Between devices that share a sequence the latent travels, not the keys and values that are made of it.
-        def mix(queries: tuple[Array, Tokens], keys: tuple[Entries, Tokens], expand_CHN: Array) -> Array:
+        def mix(queries: tuple[Array, Tokens], keys: tuple[Entries, Tokens], expand_CHN: nnx.Param) -> Array:
             query, (latent_BTC, key_BTR) = queries[0], keys[0]
-            expanded = jnp.einsum("BTC,CHN->BTHN", latent_BTC, expand_CHN.astype(latent_BTC.dtype))
+            expanded = linear(latent_BTC, expand_CHN)
             key_BTHN, value_BTHV = jnp.split(expanded, [self.cfg.qk_nope_head_dim], axis=-1)
             key_BTHR = jnp.broadcast_to(key_BTR[:, :, None], (*key_BTHN.shape[:3], key_BTR.shape[-1]))
             key = jnp.concatenate([key_BTHN, key_BTHR], axis=-1)
             return attention(query, key, value_BTHV, Causal(queries[1], keys[1]), self.scale)
 
         query = jnp.concatenate([query_BSHN, query_BSHR], axis=-1)
-        return self._output(by_queries(mix, (query, tokens), (entries, tokens), self.key_value_b_CHN[...]))
+        return self._output(by_queries(mix, (query, tokens), (entries, tokens), self.key_value_b_CHN))
 
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
         latent_BTC, key_BTR = entries
@@ -93,13 +93,13 @@ class MLA(nnx.Module):
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> tuple[Array, Array]:
         if self.cfg.q_lora_rank:
-            x_BSD = self.query_norm(linear(x_BSD, self.query_a_DQ[...]))
-        query = linear(x_BSD, self.query_b[...])
+            x_BSD = self.query_norm(linear(x_BSD, self.query_a_DQ))
+        query = linear(x_BSD, self.query_b)
         query_BSHN, query_BSHR = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
         return query_BSHN, apply_rope(query_BSHR, rot, self.cfg.rope.layout)
 
     def _output(self, mixed_BSHV: Array) -> Array:
-        return linear(mixed_BSHV, self.output_HVD[...], 2)
+        return linear(mixed_BSHV, self.output_HVD)
 
 
 class GQA(nnx.Module):
@@ -124,8 +124,8 @@ class GQA(nnx.Module):
         self.scale = W**-0.5 * m * m
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
-        key_BSKW = linear(x_BSD, self.key_DKW[...])
-        value_BSKW = linear(x_BSD, self.value_DKW[...])
+        key_BSKW = linear(x_BSD, self.key_DKW)
+        value_BSKW = linear(x_BSD, self.value_DKW)
         if self.cfg.qkv_bias:
             key_BSKW += self.key_bias[...].reshape(key_BSKW.shape[2:]).astype(x_BSD.dtype)
             value_BSKW += self.value_bias[...].reshape(value_BSKW.shape[2:]).astype(x_BSD.dtype)
@@ -143,7 +143,7 @@ class GQA(nnx.Module):
         return self._output(attention(self._queries(x_BSD, rot), *entries, mask_BST, self.scale))
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> Array:
-        query_BSHW = linear(x_BSD, self.query_DHW[...])
+        query_BSHW = linear(x_BSD, self.query_DHW)
         if self.cfg.qkv_bias:
             query_BSHW += self.query_bias[...].reshape(query_BSHW.shape[2:]).astype(x_BSD.dtype)
         if self.cfg.qk_norm != "none":
@@ -151,7 +151,7 @@ class GQA(nnx.Module):
         return apply_rope(query_BSHW, rot, self.cfg.rope.layout)
 
     def _output(self, mixed_BSHW: Array) -> Array:
-        return linear(mixed_BSHW, self.output_HWD[...], 2)
+        return linear(mixed_BSHW, self.output_HWD)
 
 
 def _norm_heads(norm: RMSNorm, x_BSHW: Array, cfg: AttentionConfig) -> Array:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, at_precision
 from moe_jax.model.transformer import Transformer
 from moe_jax.sharding import partition_spec
 
@@ -39,6 +39,11 @@ class Definition:
         graph, state = nnx.split(abstract)
         variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
         return cls(cfg, graph, variables, value_head)
+
+    def at(self, precision: str) -> Definition:
+        """The same model in the arithmetic that a `TrainConfig.precision` names; its arrays are the same."""
+        cfg = at_precision(self.cfg, precision)
+        return self if cfg == self.cfg else Definition.of(cfg, self.value_head)
 
     @property
     def param_names(self) -> list[str]:

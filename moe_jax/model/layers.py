@@ -1,6 +1,6 @@
 """Norm, linear maps, SwiGLU and rotary embedding.
 
-B batch, S sequence, D model, F feed-forward, R rotary pairs.
+B batch, S sequence, T tokens or rows, D model, F feed-forward or outputs, R rotary pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig, RoPEConfig
+from moe_jax.ops.quantization import rounded
+from moe_jax.ops.quantized_matmul import Recipe, low_precision_matmul
 from moe_jax.ops.row_product import row_product
+from moe_jax.sharding import on_weight_shards
+
+
+class Rounding(NamedTuple):
+    """Weights rounded to 4 bits as they are used; a scale for so many inputs of each output."""
+
+    block: int
 
 
 class Initializer:
@@ -24,15 +33,25 @@ class Initializer:
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.std = cfg.initializer_range
         self.rngs = rngs
+        self.quantization = _quantization(cfg)
 
     def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], roles: str) -> nnx.Param:
         """A weight with a logical axis name per dimension (`sharding.RULES`) and a role per dimension.
 
         Roles: `i` the dimensions contracted with the input, `o` those of the output, `b` a stack of matrices. They
-        tell the optimizer which weights are matrices, and how; an empty string is for tables, which are not.
+        tell the optimizer which weights are matrices, and how; an empty string is for tables, which are not. Matrices
+        also know in what their products are computed (`ModelConfig.quantization`).
         """
         value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return nnx.Param(value, axes=axes, roles=roles)
+        return nnx.Param(value, axes=axes, roles=roles, quantization=self.quantization if roles else None)
+
+
+def _quantization(cfg: ModelConfig) -> Recipe | Rounding | None:
+    if cfg.quantization == "none":
+        return None
+    if cfg.quantization == "int4":
+        return Rounding(cfg.quantization_block)
+    return Recipe("e4m3" if cfg.quantization == "fp8" else "int8", cfg.quantization_block or None)
 
 
 def constant(value: float, size: int, axis: str | None) -> nnx.Param:
@@ -40,7 +59,31 @@ def constant(value: float, size: int, axis: str | None) -> nnx.Param:
     return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,), roles="")
 
 
-def linear(x: Array, w: Array, contracted: int = 1, dtype: Any = None) -> Array:
+def linear(x: Array, w: nnx.Param) -> Array:
+    """x · w, [..., *inputs] · [*inputs, *outputs] → [..., *outputs] of x's dtype; inputs and outputs are w's roles.
+
+    Where w is quantised, each device does it with its tokens and its shard of w.
+    """
+    array, contracted = w[...], w.get_metadata("roles").count("i")
+    quantization = w.get_metadata("quantization")
+    if quantization is None:
+        return product(x, array, contracted)
+
+    def quantized_product(x: Array, w: Array) -> Array:
+        rows, outputs = x.shape[: x.ndim - contracted], w.shape[contracted:]
+        x_TD = x.reshape(math.prod(rows), -1)
+        w_DF = w.reshape(x_TD.shape[1], -1)
+        if isinstance(quantization, Recipe):
+            y_TF = low_precision_matmul(x_TD, w_DF, quantization)
+        else:
+            y_TF = product(x_TD, rounded(w_DF, "int4", (quantization.block, 1)))
+        return y_TF.reshape(*rows, *outputs)
+
+    axes = w.get_metadata("axes")[-array.ndim :]
+    return on_weight_shards(quantized_product, x, array.astype(x.dtype), axes, contracted)
+
+
+def product(x: Array, w: Array, contracted: int = 1, dtype: Any = None) -> Array:
     """x · w over the last `contracted` dimensions of x and the first ones of w.
 
     Args:
@@ -53,7 +96,7 @@ def linear(x: Array, w: Array, contracted: int = 1, dtype: Any = None) -> Array:
     rows, outputs = x.shape[: x.ndim - contracted], w.shape[contracted:]
     mesh = jax.sharding.get_abstract_mesh()
 
-    def product(x: Array, w: Array) -> Array:
+    def dot(x: Array, w: Array) -> Array:
         dims = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
         return jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=dtype)
 
@@ -63,8 +106,8 @@ def linear(x: Array, w: Array, contracted: int = 1, dtype: Any = None) -> Array:
         return y.astype(dtype).reshape(*rows, *outputs)
 
     if math.prod(rows) == 1 and (mesh.empty or mesh.size == 1):
-        return jax.lax.platform_dependent(x, w, cpu=decoding, default=product)
-    return product(x, w)
+        return jax.lax.platform_dependent(x, w, cpu=decoding, default=dot)
+    return dot(x, w)
 
 
 class RMSNorm(nnx.Module):
@@ -89,7 +132,7 @@ class SwiGLU(nnx.Module):
         self.down_FD = init.weight((intermediate_size, hidden_size), ("mlp", "embed"), "io")
 
     def __call__(self, x_BSD: Array) -> Array:
-        return linear(gated(linear(x_BSD, self.gate_up_D2F[...])), self.down_FD[...])
+        return linear(gated(linear(x_BSD, self.gate_up_D2F)), self.down_FD)
 
 
 def gated(gate_up: Array) -> Array:

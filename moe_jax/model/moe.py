@@ -5,6 +5,8 @@ B batch, S sequence, T tokens (B·S), D model, F feed-forward, E experts, K expe
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,10 +14,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.dispatch import Slots, dispatch, within_capacity
-from moe_jax.model.layers import Initializer, SwiGLU, gated
+from moe_jax.model.dispatch import Slots, Work, dispatch, within_capacity
+from moe_jax.model.layers import Initializer, Rounding, SwiGLU, gated
 from moe_jax.model.router import Router, RouterStats, router_stats
 from moe_jax.ops.grouped_matmul import Gathered, product, weight_gradient
+from moe_jax.ops.quantization import rounded
+from moe_jax.ops.quantized_matmul import Recipe, low_precision_grouped_matmul
 
 
 @jax.custom_vjp
@@ -70,6 +74,47 @@ def _matrices(gate_up_ED2F: Array) -> Array:
 run_experts.defvjp(_run_experts_forward, _run_experts_backward)
 
 
+def run_low_precision_experts(
+    x_TD: Array,
+    weights_TK: Array,
+    slots: Slots,
+    group_sizes_E: Array,
+    gate_up_ED2F: Array,
+    down_EFD: Array,
+    recipe: Recipe,
+) -> Array:
+    """`run_experts` with products in 8 bits; each keeps its sorted rows in 8 bits for its gradient, as V3 does."""
+    weights_S = slots.assignments(weights_TK)
+    tokens_SD = slots.tokens(x_TD)
+    gate_up_SF = low_precision_grouped_matmul(tokens_SD, _matrices(gate_up_ED2F), group_sizes_E, recipe)
+    gate_up_SF = checkpoint_name(gate_up_SF, "insides")
+    inside_SF = gated(gate_up_SF.reshape(-1, 2, down_EFD.shape[1])) * weights_S[:, None].astype(x_TD.dtype)
+    return slots.sums(low_precision_grouped_matmul(inside_SF, down_EFD, group_sizes_E, recipe))
+
+
+def run_rounded_experts(
+    x_TD: Array,
+    weights_TK: Array,
+    slots: Slots,
+    group_sizes_E: Array,
+    gate_up_ED2F: Array,
+    down_EFD: Array,
+    rounding: Rounding,
+) -> Array:
+    """`run_experts` with weights rounded to 4 bits, straight through."""
+    block = (rounding.block, 1)
+    gate_up_EDF, down_EFD = (rounded(w, "int4", block) for w in (_matrices(gate_up_ED2F), down_EFD))
+    return run_experts(x_TD, weights_TK, slots, group_sizes_E, gate_up_EDF.reshape(gate_up_ED2F.shape), down_EFD)
+
+
+def _work(quantization: Recipe | Rounding | None) -> Work:
+    if quantization is None:
+        return run_experts
+    if isinstance(quantization, Rounding):
+        return partial(run_rounded_experts, rounding=quantization)
+    return partial(run_low_precision_experts, recipe=quantization)
+
+
 class Experts(nnx.Module):
     """E SwiGLU feed-forwards, stacked; gate and up are one product."""
 
@@ -83,7 +128,8 @@ class Experts(nnx.Module):
     def __call__(self, x_BSD: Array, experts_BSK: Array, weights_BSK: Array) -> Array:
         """Σ_k weight · expert(x), [B, S, D]; expert number E is none."""
         arrays = [array[...].astype(x_BSD.dtype) for array in (self.gate_up_ED2F, self.down_EFD)]
-        y_BSD = dispatch(x_BSD, experts_BSK, weights_BSK, arrays, self.axes, run_experts, self.cfg)
+        work = _work(self.gate_up_ED2F.get_metadata("quantization"))
+        y_BSD = dispatch(x_BSD, experts_BSK, weights_BSK, arrays, self.axes, work, self.cfg)
         return y_BSD.astype(x_BSD.dtype)
 
 

@@ -60,7 +60,7 @@ class MTP(nnx.Module):
             if self.cfg.mtp.hidden_first:
                 pair.reverse()
             joined = jnp.concatenate(pair, axis=-1)
-            x_BSD = linear(joined, projection[...])
+            x_BSD = linear(joined, projection)
             inside_BS = (segment_ids_BS > 0) & (segment_ahead_BS == segment_ids_BS)
             x_BSD, stats, _ = block(balanced(x_BSD), ctx._replace(valid_BS=balanced(inside_BS)), layer=layer)
             hidden_BSD = output_norm(in_order(x_BSD))
@@ -81,13 +81,13 @@ class MTP(nnx.Module):
 
         `ahead_BSD` are the embeddings of the tokens that it reads ahead, `layer` is its number after the trunk's.
         """
-        first = jax.tree.map(lambda x: x[0], (self.blocks, self.embedding_norms, self.hidden_norms, self.output_norms))
-        block, embedding_norm, hidden_norm, output_norm = first
+        stacks = (self.blocks, self.embedding_norms, self.hidden_norms, self.output_norms, self.projection_N2DD)
+        block, embedding_norm, hidden_norm, output_norm, projection = jax.tree.map(lambda x: x[0], stacks)
         pair = [embedding_norm(ahead_BSD), hidden_norm(hidden_BSD)]
         if self.cfg.mtp.hidden_first:
             pair.reverse()
         joined = jnp.concatenate(pair, axis=-1)
-        x_BSD = linear(joined, self.projection_N2DD[...][0])
+        x_BSD = linear(joined, projection)
         x_BSD, _, entries = block(x_BSD, ctx, entries, layer)
         return output_norm(x_BSD), entries
 

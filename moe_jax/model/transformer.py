@@ -15,7 +15,7 @@ from jax import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Entries, entry_shapes, rotary_dim
 from moe_jax.model.block import Context, run_blocks, stack_blocks, unstack, write
-from moe_jax.model.layers import Initializer, RMSNorm, constant, linear, rotation
+from moe_jax.model.layers import Initializer, RMSNorm, constant, product, rotation
 from moe_jax.model.mtp import MTP, MTPOutput, ParallelHeads, make_mtp
 from moe_jax.model.router import RouterStats
 from moe_jax.ops.attention import Tokens
@@ -149,7 +149,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BSD: Array) -> Array:
         """float32 logits [B, S, V]; losses use `ops.token_logprobs`, which never holds them whole."""
-        return linear(hidden_BSD, self.head(), dtype=jnp.float32)
+        return product(hidden_BSD, self.head(), dtype=jnp.float32)
 
     def values(self, hidden_BSD: Array) -> Array:
         """float32 [B, S], what the value head makes of the hidden states."""

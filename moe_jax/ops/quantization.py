@@ -11,6 +11,7 @@ share a scale.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -111,6 +112,22 @@ def dequantize(q: Quantized, dtype: Any = jnp.float32) -> Array:
     """value · scale, [..., R, C], multiplied in float32 and rounded once."""
     numbers = q.numbers().astype(jnp.float32)
     return (numbers * _spread(q.scales, q.block, numbers.shape[-2:])).astype(dtype)
+
+
+def rounded(x: Array, format: Format, block: Block) -> Array:
+    """`x` as `quantize` would keep it, of x's dtype; the gradient passes as if nothing were rounded (straight through).
+
+    For quantisation-aware training (arXiv:1712.05877).
+    """
+    return _rounded(x, format, block)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _rounded(x: Array, format: Format, block: Block) -> Array:
+    return dequantize(quantize(x, format, block), x.dtype)
+
+
+_rounded.defvjp(lambda x, format, block: (_rounded(x, format, block), None), lambda format, block, _, dy: (dy,))
 
 
 def row_scales(q: Quantized) -> Array:

@@ -8,7 +8,7 @@ block scales have to be applied anyway. All three products of a linear layer run
     dx = dy · wᵀ    dy in tiles of 1 × 128 along F, w as it is
     dw = xᵀ · dy    x and dy in tiles of 128 × 1, along the tokens; x from what the forward pass kept in 8 bits
 
-All in one format (V3: E4M3). Embedding, head, router, norms and the inside of attention are not for these functions.
+All in one format (V3: E4M3). Which weights take part is said where they are made (`model.layers.Initializer`).
 Where a mesh spreads the contracted axis, the loop over its blocks gathers them one by one: use these inside
 `shard_map`, on what a device has.
 
@@ -33,9 +33,12 @@ class Recipe(NamedTuple):
     """How a linear layer's three products are quantised."""
 
     format: Literal["e4m3", "e5m2", "int8"] = "e4m3"
-    block: int = 128
-    """Numbers that share a scale along a contracted axis."""
+    block: int | None = 128
+    """Numbers that share a scale along a contracted axis; None: all. A product is then one dot product, not a loop that
+    reads and writes its float32 sums once a block: what pays where no kernel keeps them on the chip."""
     power_of_two: bool = False
+    rows: int = 128
+    """Grouped product: rows of a tile."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def _operands(x_TD: Array, w: Array, recipe: Recipe) -> tuple[Quantized, Quantiz
     return _quantize(x_TD, recipe, 1, recipe.block), _quantize(w, recipe, recipe.block, recipe.block)
 
 
-def _quantize(x: Array, recipe: Recipe, rows: int, columns: int) -> Quantized:
+def _quantize(x: Array, recipe: Recipe, rows: int | None, columns: int | None) -> Quantized:
     return quantize(x, recipe.format, (rows, columns), power_of_two=recipe.power_of_two)
 
 
@@ -160,7 +163,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The grouped product: rows of each group are cut into tiles of `block` rows, the last one filled up with zeros, so that
+# The grouped product: rows of each group are cut into tiles of `recipe.rows` rows, the last one filled up with zeros, so that
 # a tile has one matrix and, in the weight's gradient, one scale per column, which no other group has a part in.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -249,7 +252,7 @@ def _grouped(
 
 def _grouped_forward(x_TD, w_EDF, group_sizes_E, recipe, implementation):
     x, w = _operands(x_TD, w_EDF, recipe)
-    tiles = _tiles(group_sizes_E, x_TD.shape[0], recipe.block)
+    tiles = _tiles(group_sizes_E, x_TD.shape[0], recipe.rows)
     y_TF = _tile_products(x, w, tiles, implementation).astype(x_TD.dtype)
     return y_TF, (x, w, tiles, jnp.zeros((), w_EDF.dtype))
 

@@ -36,6 +36,8 @@ _TRAINING_FIELDS = {
     "initializer_range",
     "dtype",
     "remat",
+    "quantization",
+    "quantization_block",
     "mtp.loss_coef",
     "mtp.late_loss_coef",
     "mtp.late_after_tokens",

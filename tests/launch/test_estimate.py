@@ -107,3 +107,20 @@ def test_weights_are_those_that_a_mesh_of_devices_holds():
     assert (work.memory.parameters, work.memory.optimizer) == (4 * held, 8 * held)
     with pytest.raises(ConfigError, match="choose a multiple"):
         training_workload(cfg, sizes, 6, 64)
+
+
+def test_eight_bits_shorten_computing_where_the_chip_has_units_for_them(capsys):
+    """Of V3's products all but head, router and scores: at most twice as fast, and not at all on a chip without."""
+
+    def compute(topology, quantization):
+        arguments = ("--preset", "deepseek_v3", "--topology", topology, "--mesh.fsdp", "-1", "--batch", "512")
+        found = figures(capsys, *arguments, "--model.quantization", quantization)
+        return found["roofline_seconds"]["compute"]
+
+    for topology, quantization, low, high in (
+        ("tpu7x:4x4x8", "fp8", 1.5, 2.0),
+        ("v6e:16x16", "int8", 1.5, 2.0),
+        ("v6e:16x16", "fp8", 1.0, 1.0),
+        ("v5p:4x4x8", "int8", 1.0, 1.0),
+    ):
+        assert low <= compute(topology, "none") / compute(topology, quantization) <= high

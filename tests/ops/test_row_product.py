@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.layers import linear
+from moe_jax.model.layers import product
 from moe_jax.ops.row_product import row_product
 
 
@@ -24,17 +24,17 @@ def test_one_row_and_many_agree(contracted, dtype):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (2, 1, *inputs)).astype(dtype)
     w = jax.random.normal(keys[1], (*inputs, *outputs))
-    many = linear(x, w, contracted)
-    one = jnp.concatenate([linear(x[b : b + 1], w, contracted) for b in range(2)])
+    many = product(x, w, contracted)
+    one = jnp.concatenate([product(x[b : b + 1], w, contracted) for b in range(2)])
     assert one.dtype == many.dtype == dtype
     assert one.shape == (2, 1, *outputs)
     tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(one.astype(np.float32), many.astype(np.float32), rtol=tolerance, atol=tolerance)
-    assert linear(x[:1], w, contracted, dtype=jnp.float32).dtype == jnp.float32
+    assert product(x[:1], w, contracted, dtype=jnp.float32).dtype == jnp.float32
 
 
 def test_gradients_pass_through_a_single_row():
     x, w = jnp.arange(1.0, 5.0)[None, None], jnp.ones((4, 3))
-    dx, dw = jax.grad(lambda x, w: jnp.sum(linear(x, w)), argnums=(0, 1))(x, w)
+    dx, dw = jax.grad(lambda x, w: jnp.sum(product(x, w)), argnums=(0, 1))(x, w)
     np.testing.assert_allclose(dx, jnp.full((1, 1, 4), 3.0))
     np.testing.assert_allclose(dw, jnp.broadcast_to(x[0, 0][:, None], (4, 3)))
