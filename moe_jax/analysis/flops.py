@@ -81,7 +81,7 @@ def training_flops_per_token(
 
 
 def quantizable_flops_per_token(cfg: ModelConfig) -> int:
-    """Those of one pass through the blocks' matrices, MTP modules included: what `ModelConfig.quantization` is about."""
+    """Those of one forward pass through blocks' matrices, MTP modules included (`ModelConfig.quantization`)."""
     blocks = (cfg.num_layers + (cfg.mtp.depth if cfg.moe.num_experts else 0)) * _attention_weights(cfg)
     blocks += cfg.num_dense_layers * 3 * cfg.hidden_size * cfg.intermediate_size
     if cfg.moe.num_experts:

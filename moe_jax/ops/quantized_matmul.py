@@ -163,8 +163,8 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The grouped product: rows of each group are cut into tiles of `recipe.rows` rows, the last one filled up with zeros, so that
-# a tile has one matrix and, in the weight's gradient, one scale per column, which no other group has a part in.
+# The grouped product: rows of each group are cut into tiles of `recipe.rows`, the last one filled up with zeros, so
+# that a tile has one matrix and, in the weight's gradient, one scale per column, which no other group has a part in.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
