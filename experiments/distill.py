@@ -30,7 +30,6 @@ all; its training, 4.36 TFLOPs, costs more than any student and is in no row. No
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,6 @@ import numpy as np
 
 from experiments.grpo_math import BASE_PROMPT, CHAT_PROMPT
 from moe_jax.analysis.flops import parameter_counts, training_flops_per_token
-from moe_jax.analysis.tables import markdown
 from moe_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -72,15 +70,6 @@ if TYPE_CHECKING:
     from moe_jax.training.state import TrainState
 
 Method = Literal["supervised", "logits", "sequences", "on_policy", "rl"]
-
-TITLES = {
-    "base": "student's base",
-    "supervised": "more of the base's text",
-    "logits": "distilled by logits",
-    "sequences": "distilled by sequences",
-    "on_policy": "distilled on-policy",
-    "rl": "RL alone",
-}
 
 
 def _student() -> ModelConfig:
@@ -395,10 +384,8 @@ class Laboratory:
         """The documents of a shard; the samples are kept as text too."""
         from moe_jax.data import DataError
         from moe_jax.data.problem_text import encode_problem
-        from moe_jax.data.teacher_logits import ScoredDocument
         from moe_jax.rl.environments import VerifiableEnvironment
-        from moe_jax.rl.grpo import rollout
-        from moe_jax.rng import random_key
+        from moe_jax.rl.teacher_samples import retokenized_documents, scored_documents
         from moe_jax.sharding import put_batch
 
         cfg, teacher = self.cfg, self.teacher
@@ -411,47 +398,40 @@ class Laboratory:
         longest = max(len(encode_problem(problem, teacher.tokenizer)) for problem in problems)
         if longest > cfg.prompt_length:
             raise DataError(f"a prompt has {longest} tokens: raise --prompt-length = {cfg.prompt_length}")
-        samples = rollout(
-            environments[0],
-            sample,
-            teacher.params,
-            teacher.rest,
-            teacher.tokenizer,
-            sizes,
-            prompt_length=cfg.prompt_length,
-            step=shard,
-            seed=cfg.seed,
-            key=random_key(cfg.seed, "teacher samples", shard),
-        )
+        samples = self._rollout("teacher samples", shard, cfg.seed, environments[0], sample, teacher, sizes)
         self.run.write_rows(f"rollouts/teacher_samples/{shard:06d}.jsonl", samples.rows(shard))
-        right = [part["accuracy"] == 1 for part in samples.parts]
         if score is None:
-            return [
-                self._retokenized(asked[row // cfg.rl.group_size], text, correct)
-                for row, (text, correct) in enumerate(zip(samples.completions, right, strict=True))
-                if samples.samples.finished_B[row]
-            ]
-        batch = sampled_rows(samples)
-        top = score(teacher.params, teacher.rest, put_batch(batch, self.session.mesh))
-        ids_BSK, logprobs_BSJ = np.asarray(top.ids), np.asarray(top.logprobs)
-        documents = []
-        for row, correct in enumerate(right):
-            kept_S = batch["segment_ids_BS"][row] > 0
-            parts = (batch["tokens_BS"], batch["loss_mask_BS"], ids_BSK, logprobs_BSJ)
-            documents.append(ScoredDocument(*[part[row][kept_S] for part in parts], correct=correct))
-        return documents
+            return retokenized_documents(samples, asked, self.tokenizer, cfg.distill.sequence_length)
+        return scored_documents(
+            samples, lambda batch: score(teacher.params, teacher.rest, put_batch(batch, self.session.mesh))
+        )
 
-    def _retokenized(self, problem: Problem, completion: str, correct: bool) -> Any:
-        """A teacher's text in the student's tokens, without logits."""
-        from moe_jax.data.problem_text import encode_problem
-        from moe_jax.data.teacher_logits import ScoredDocument
+    def _rollout(
+        self,
+        purpose: str,
+        step: int,
+        seed: int,
+        environment: VerifiableEnvironment,
+        sample: Generator,
+        model: Any,
+        sizes: RLConfig,
+    ) -> Rollout:
+        """Scored samples of the teacher, or of a student, whose tokenizer is the experiment's."""
+        from moe_jax.rl.grpo import rollout
+        from moe_jax.rng import random_key
 
-        prompt = encode_problem(problem, self.tokenizer)
-        tokens = [*prompt, *self.tokenizer.encode(completion), self.tokenizer.stop_ids[0]]
-        tokens = tokens[: self.cfg.distill.sequence_length]
-        S = len(tokens)
-        mask_S = np.arange(S) >= len(prompt)
-        return ScoredDocument(np.array(tokens), mask_S, np.zeros((S, 0), np.int32), np.zeros((S, 1)), correct)
+        return rollout(
+            environment,
+            sample,
+            model.params,
+            model.rest,
+            getattr(model, "tokenizer", self.tokenizer),
+            sizes,
+            prompt_length=self.cfg.prompt_length,
+            step=step,
+            seed=seed,
+            key=random_key(seed, purpose, step),
+        )
 
     def base(self, seed: int) -> Student:
         """What the students of a seed start from: the given one, or a base that is trained on the problems' text."""
@@ -513,52 +493,28 @@ class Laboratory:
         return train_supervised(self.session, phase, update, state, data, train.steps, cfg.checkpoint)
 
     def _on_policy(self, phase: str, seed: int, base: Student) -> TrainState:
-        """The student samples, the teacher says what it would have said (GKD, arXiv:2306.13649, with λ = 1)."""
-        from moe_jax.rl.grpo import minibatches, rollout
-        from moe_jax.rng import random_key
-        from moe_jax.sharding import put_batch
+        from moe_jax.rl.on_policy import distill_on_policy
         from moe_jax.training.distillation import make_scorer
-        from moe_jax.training.loop import run_phase
         from moe_jax.training.state import start_state
 
-        cfg, session, teacher = self.cfg, self.session, self.teacher
-        sizes = replace(cfg.rl, num_iterations=1, num_minibatches=cfg.samples_a_step // cfg.distill.batch_size)
-        update, optimizer = self._update("on_policy", sizes.steps * sizes.num_minibatches)
+        cfg, session, teacher, sample = self.cfg, self.session, self.teacher, self.trainer.sample
+        rows = cfg.distill.batch_size
+        update, optimizer = self._update("on_policy", cfg.rl.steps * (cfg.samples_a_step // rows))
         if "score" not in self._updates:
             options: dict[str, Any] = {"temperature": cfg.temperature, "banned_ids": self.banned_for_teacher}
             self._updates["score"] = make_scorer(teacher.definition, cfg.top_k, **options)
-        score, environment = self._updates["score"], self._environment(seed)
-
-        def body(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-            key = random_key(seed, f"rollout/{phase}", step)
-            samples = rollout(
-                environment,
-                self.trainer.sample,
-                state.params,
-                state.rest,
-                self.tokenizer,
-                sizes,
-                prompt_length=cfg.prompt_length,
-                step=step,
-                seed=seed,
-                key=key,
-            )
-            session.guard.check()
-            batch = sampled_rows(samples)
-            top = score(teacher.params, teacher.rest, put_batch(batch, session.mesh))
-            batch["teacher_ids_BSK"], batch["teacher_logprobs_BSJ"] = np.asarray(top.ids), np.asarray(top.logprobs)
-            parts = []
-            for minibatch in minibatches(batch, sizes, seed, step):
-                state, part = update(state, put_batch(minibatch, session.mesh))
-                parts.append(part)
-            means = {name: np.mean([np.asarray(part[name]) for part in parts], axis=0) for name in parts[0]}
-            session.run.write_rows(f"rollouts/{phase}/{step + 1:06d}.jsonl", samples.rows(step + 1))
-            return state, samples.metrics | means
-
-        state = start_state(self.definition, optimizer, *base, session.mesh)
-        show = ("loss", "rewards/accuracy/mean")
-        return run_phase(
-            session.run, session.guard, phase, sizes.steps, state, body, checkpoint=cfg.checkpoint, show=show
+        environment = self._environment(seed)
+        return distill_on_policy(
+            session,
+            phase,
+            start_state(self.definition, optimizer, *base, session.mesh),
+            lambda state, step: self._rollout(f"rollout/{phase}", step, seed, environment, sample, state, cfg.rl),
+            partial(self._updates["score"], teacher.params, teacher.rest),
+            update,
+            cfg.rl,
+            rows,
+            seed,
+            cfg.checkpoint,
         )
 
     def held_out(self, name: str, model: Callable[[], Any], teacher: bool = False) -> dict[str, Any]:
@@ -609,19 +565,6 @@ class Laboratory:
             cfg = self.cfg
             self._updates[name] = make_generator(definition, cfg.rl.sampling, tokenizer, cfg.evaluation.samples)
         return self._updates[name]
-
-
-def sampled_rows(samples: Rollout) -> dict[str, np.ndarray]:
-    """Samples as rows of text [B, S], prompt and completion, of which the drawn tokens are to be learned."""
-    batch = samples.batch(False)
-    segment_ids_BS, drawn_BN = batch["segment_ids_BS"], batch["drawn_BN"].astype(np.int32)
-    prompt = segment_ids_BS.shape[1] - drawn_BN.shape[1]
-    return {
-        "tokens_BS": batch["tokens_BS"].astype(np.int32),
-        "segment_ids_BS": segment_ids_BS,
-        "positions_BS": np.maximum(np.cumsum(segment_ids_BS, axis=1, dtype=np.int32) - 1, 0),
-        "loss_mask_BS": np.pad(drawn_BN, ((0, 0), (prompt, 0))),
-    }
 
 
 def experiment(cfg: Config, session: Session) -> None:
@@ -696,6 +639,7 @@ def report(
     teacher_cfg: ModelConfig,
 ) -> None:
     """Writes summary.json, table.md and the plots, and prints the table."""
+    from moe_jax.analysis.distillation_report import TITLES, plot, table
     from moe_jax.analysis.seed_statistics import mean_over_seeds
 
     def per_seed(name: str) -> np.ndarray:
@@ -730,81 +674,19 @@ def report(
     run.write_json("summary.json", summary)
     text = table(summary)
     run.path("table.md").write_text(text + "\n", encoding="utf-8")
-    plots = plot(run, summary)
+    phases = {name: [run.metrics(f"{name}-seed{seed}") for seed in cfg.seeds] for name in ("on_policy", "rl")}
+    accuracies = {
+        name: np.array([[row["rewards/accuracy/mean"] for row in rows] for rows in found])
+        for name, found in phases.items()
+        if all(found)
+    }
+    plots = plot(run.dir / "plots", summary, accuracies)
     print(
         f"\n{text}\n\nHeld-out pass@1, mean and 95 % interval (Student's t) over {cfg.num_seeds} seeds of the students;"
         f" there is one teacher.\n{PUBLISHED}\n\nParameters: {sizes['student'].total:,} of the student,"
         f" {sizes['teacher'].total:,} of the teacher ({sizes['teacher'].active:,} active). {summary['seconds']:.0f} s."
         f"\nRun folder: {run.dir}\nPlots: {', '.join(str(path) for path in plots)}"
     )
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """Each student's accuracy, its difference to RL alone within a seed, and what was spent, as Markdown."""
-
-    def cell(interval: Mapping[str, float] | None, sign: str = "") -> str:
-        if interval is None:
-            return ""
-        half = interval["high"] - interval["mean"]
-        return f"{interval['mean']:{sign}.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
-
-    rows = [["model", "pass@1", "− RL alone", "worked", "length", "student's TFLOPs", "teacher's TFLOPs for it"]]
-    for name, entry in summary["students"].items():
-        difference = "" if name == "rl" else cell(entry["against_rl"], "+")
-        figures = [f"{entry['worked']:.2f}", f"{entry['mean_length']:.1f}"]
-        spent = [f"{entry[f'{model}_flops'] / 1e12:.2f}" for model in ("student", "teacher")]
-        rows.append([entry["title"], cell(entry["pass_at_1"]), difference, *figures, *spent])
-    if (teacher := summary["teacher"]) is not None:
-        known = teacher["training_flops"]
-        training = "not known" if known is None else f"{known / 1e12:.2f}"
-        rows.append(["teacher", f"{teacher['pass_at_1']['mean']:.3f}", "", "", "", "", f"{training} (its training)"])
-    return markdown(rows)
-
-
-def plot(run: Run, summary: Mapping[str, Any]) -> list[Path]:
-    """Accuracy against compute, and the accuracy of the samples that the students draw while they learn."""
-    from moe_jax.analysis import plots
-    from moe_jax.analysis.plots import Level, Panel, Point, Series
-
-    colors = {
-        "base": plots.GREY,
-        "supervised": plots.ORANGE,
-        "logits": plots.SKY,
-        "sequences": plots.GREEN,
-        "on_policy": plots.BLUE,
-        "rl": plots.PURPLE,
-    }
-    files = [run.path("plots", f"{name}.png") for name in ("accuracy_and_compute", "accuracy_of_samples")]
-    teacher = summary["teacher"]
-    points = []
-    for name, entry in summary["students"].items():
-        spent = (entry["student_flops"] + entry["teacher_flops"]) / 1e12
-        exactly = {"mean": spent, "low": math.nan, "high": math.nan}
-        singles = entry["per_seed"]
-        points.append(Point(entry["title"], exactly, entry["pass_at_1"], [spent] * len(singles), singles, colors[name]))
-    plots.plot_points(
-        files[0],
-        "Students: means, 95 % intervals, single seeds",
-        points,
-        "TFLOPs of the student, and of the teacher for it (without the teacher's training)",
-        "held-out pass@1",
-    )
-    curves = []
-    for name in ("on_policy", "rl"):
-        phases = [run.metrics(f"{name}-seed{seed}") for seed in summary["seeds"]]
-        if not all(phases):
-            continue
-        accuracy_ST = np.array([[row["rewards/accuracy/mean"] for row in rows] for rows in phases])
-        band = [bound.tolist() for bound in (accuracy_ST.min(axis=0), accuracy_ST.max(axis=0))]
-        steps, mean = range(1, accuracy_ST.shape[1] + 1), accuracy_ST.mean(axis=0).tolist()
-        curves.append(Series(TITLES[name], steps, mean, colors[name], "-", *band))
-    levels = []
-    if teacher is not None:
-        p = teacher["pass_at_1"]
-        levels.append(Level(f"teacher: {100 * p['mean']:.1f} %", p["mean"], p["low"], p["high"], "black"))
-    panel = Panel("accuracy", curves, levels, "samples of the student", "held-out pass@1", share=True)
-    written = plots.plot_curves(files[1], "Samples that students learn from: mean and range of the seeds", [panel])
-    return files if written else files[:1]
 
 
 if __name__ == "__main__":

@@ -56,8 +56,19 @@ class MLA(nnx.Module):
         self.key_value_norm = RMSNorm(C, a.latent_norm_eps)
         self.key_value_b_CHN = init.weight((C, H, N + V), ("embed", "heads", "head"), "ioo")
         self.output_HVD = init.weight((H, V, D), ("heads", "head", "embed"), "iio")
+        self.absorbed: tuple[Array, Array] | None = None
         m = yarn_mscale(a.rope.factor, a.rope.mscale_all_dim) if a.rope.scaling == "yarn" else 1.0
         self.scale = (N + R) ** -0.5 * m * m
+
+    def absorb(self) -> None:
+        """Keeps the expansion's two halves as decoding reads them: cutting and turning them at each step costs more."""
+        self.absorbed = nnx.data(self._absorbed())
+
+    def _absorbed(self) -> tuple[Array, Array]:
+        """What the query absorbs, [H, N, C], and what the output does, [H, C, V]."""
+        expand_HCN = jnp.moveaxis(self.key_value_b_CHN[...], 1, 0)
+        key_HCN, value_HCV = jnp.split(expand_HCN, [self.cfg.qk_nope_head_dim], axis=-1)
+        return key_HCN.swapaxes(1, 2), value_HCV
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
         compressed = linear(x_BSD, self.key_value_a_DC)
@@ -83,13 +94,12 @@ class MLA(nnx.Module):
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
         latent_BTC, key_BTR = entries
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
-        expand_CHN = self.key_value_b_CHN[...].astype(x_BSD.dtype)
-        expand_key_CHN, expand_value_CHV = jnp.split(expand_CHN, [self.cfg.qk_nope_head_dim], axis=-1)
-        query_BSHC = jnp.einsum("BSHN,CHN->BSHC", query_BSHN, expand_key_CHN)
+        key_HNC, value_HCV = (half.astype(x_BSD.dtype) for half in self.absorbed or self._absorbed())
+        query_BSHC = jnp.einsum("BSHN,HNC->BSHC", query_BSHN, key_HNC)
         query = jnp.concatenate([query_BSHC, query_BSHR], axis=-1)
         key = jnp.concatenate([latent_BTC, key_BTR], axis=-1)[:, :, None]
         mixed_BSHC = attention(query, key, latent_BTC[:, :, None], mask_BST, self.scale)
-        return self._output(jnp.einsum("BSHC,CHV->BSHV", mixed_BSHC, expand_value_CHV))
+        return self._output(jnp.einsum("BSHC,HCV->BSHV", mixed_BSHC, value_HCV))
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> tuple[Array, Array]:
         if self.cfg.q_lora_rank:

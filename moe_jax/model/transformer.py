@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import Entries, entry_shapes, rotary_dim
+from moe_jax.model.attention import MLA, Entries, entry_shapes, rotary_dim
 from moe_jax.model.block import Context, run_blocks, stack_blocks, unstack, write
 from moe_jax.model.layers import Initializer, RMSNorm, constant, product, rotation
 from moe_jax.model.mtp import MTP, MTPOutput, ParallelHeads, make_mtp
@@ -133,6 +133,9 @@ class Transformer(nnx.Module):
         model.dense_blocks, model.moe_blocks = (
             None if blocks is None else nnx.List(unstack(blocks)) for blocks in (self.dense_blocks, self.moe_blocks)
         )
+        for block in (*(model.dense_blocks or ()), *(model.moe_blocks or ())):
+            if isinstance(block.attention, MLA):
+                block.attention.absorb()
         return model
 
     def _router_keys(self, tokens_BS: Array, positions_BS: Array) -> Array:

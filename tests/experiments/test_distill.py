@@ -18,6 +18,9 @@ from moe_jax.data.problems import Problem
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.model.definition import Definition
 from moe_jax.presets import tiny_dense, tiny_moe
+from moe_jax.rl.grpo import Rollout
+from moe_jax.rl.teacher_samples import retokenized_documents
+from moe_jax.sampling.sampler import Samples
 from moe_jax.sharding import make_mesh
 from moe_jax.training.distillation import make_distillation_loss, make_scorer
 from moe_jax.training.supervised import make_totals
@@ -149,7 +152,15 @@ def test_tokenizers_that_differ_leave_sequences_alone(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"logits on_policy: the teacher big .*other.*byte.*sequences"):
         laboratory("logits", "sequences", "on_policy")
     assert laboratory("sequences", "rl").teacher_cfg == tiny_moe()
-    document = laboratory("sequences")._retokenized(Problem("1+2?", "3", "1+2?"), "<answer>3</answer>", True)
+
+
+def test_a_teachers_text_in_the_students_tokens():
+    samples = Samples(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3), bool), np.array([True, False]))
+    problem, nothing = Problem("1+2?", "3", "1+2?"), np.zeros((2, 1))
+    texts, parts = ["<answer>3</answer>", "<answer>3"], [{"accuracy": 1.0}, {"accuracy": 0.0}]
+    rollout = Rollout([problem], texts, nothing, nothing, samples, parts, np.zeros(2), {})  # pyright: ignore
+    (document,) = retokenized_documents(rollout, [problem], ByteTokenizer(), 68)
+    assert document.correct
     text = ByteTokenizer().decode(document.tokens_S.tolist())
     assert text.endswith("1+2?<answer>3</answer><eos>") and document.teacher_ids_SK.shape[1] == 0
     learned = document.tokens_S[document.loss_mask_S].tolist()
