@@ -76,7 +76,7 @@ class Config:
     arms: tuple[Arm, ...] = ("fp32", "control", "bf16", "fp8", "int8", "bf16_moments", "v3")
     bits: tuple[Bits, ...] = ("fp8", "int8", "int4")
     """In what `fp32`'s weights are tried after training; fp8 and int8 round activations too, int4 weights alone."""
-    int4_steps: int = 100
+    int4_steps: int = 60
     """Steps of fine-tuning for 4-bit weights, and of its control; 0: none."""
     int4_learning_rate: float = 1e-3
     """Peak of both."""
@@ -91,10 +91,10 @@ class Config:
     """Its dtype, quantization and the optimizer's moment_dtype are each arm's."""
     data: TextConfig = TextConfig()
     train: TrainConfig = TrainConfig(
-        steps=240,
+        steps=160,
         batch_size=8,
         sequence_length=256,
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=24, final_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=16, final_fraction=0.1),
     )
     """Its precision is each arm's."""
     validation_batches: int = 60

@@ -32,8 +32,8 @@ Progress = Callable[[int, int], None]
 _CONFIDENCE = 0.95
 _STARTS = 12  # of a form's starting points, the best by least squares are polished
 _ROUNDS = 8  # L-BFGS is run anew, with a new scaling, until it gains nothing
-# A singular value of the unit columns' Jacobian below which parameters cannot be told apart. Seen where the runs determine
-# them: 2e-3 and more; where they had one mix of inputs: up to 4e-5, wherever in the valley rounding had ended the fit.
+# A singular value of the unit columns' Jacobian below which parameters cannot be told apart. Seen where the runs
+# determine them: 2e-3 and more; where they had one mix of inputs: up to 4e-5, wherever in the valley a fit had ended.
 _DEGENERATE = 2e-4
 
 
