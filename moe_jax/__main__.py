@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tyro
 
 from moe_jax.config import ConfigError
+from moe_jax.host_memory import keep_freed_memory
 from moe_jax.tools.benchmark import benchmark_decode, benchmark_moe
 from moe_jax.tools.convert import convert
 from moe_jax.tools.evaluate import evaluate
@@ -27,6 +28,7 @@ benchmark.command(name="decode")(benchmark_decode)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a tool; the exit code: 0, or 2 for what the user can mend (said in one line on standard error)."""
+    keep_freed_memory()
     try:
         app.cli(prog="python -m moe_jax", description="Tools that act on a run or a checkpoint.", args=args)
     except (ToolError, ConfigError) as error:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.dispatch import Slots, Work, dispatch, within_capacity
-from moe_jax.model.layers import Initializer, Rounding, SwiGLU, gated
+from moe_jax.model.layers import Initializer, Rounding, SwiGLU, gated, gated_gradient
 from moe_jax.model.router import Router, RouterStats, router_stats
 from moe_jax.ops.grouped_matmul import Gathered, product, weight_gradient
 from moe_jax.ops.quantization import rounded
@@ -55,12 +55,8 @@ def _run_experts_backward(residuals: tuple, dy_TD: Array) -> tuple:
     used_S = weights_S.astype(x_TD.dtype).astype(weights_S.dtype)
     dweights_S /= jnp.where(used_S == 0, 1, used_S)
 
-    gate_SF, up_SF = jnp.split(gate_up_SF, 2, axis=1)
-    sigmoid_SF = jax.nn.sigmoid(gate_SF)
-    silu_SF = gate_SF * sigmoid_SF
     dgated_SF = dinside_SF * weights_S[:, None].astype(x_TD.dtype)
-    dgate_SF = dgated_SF * up_SF * (sigmoid_SF + silu_SF * (1 - sigmoid_SF))
-    dgate_up_SF = jnp.concatenate([dgate_SF, dgated_SF * silu_SF], axis=1)
+    dgate_up_SF = gated_gradient(gate_up_SF.reshape(*inside_SF.shape[:1], 2, -1), dgated_SF).reshape(gate_up_SF.shape)
     dgate_up_EDF = weight_gradient(Gathered(x_TD, slots.token_S), dgate_up_SF, group_sizes_E)
     dx_TD = slots.sums(product(dgate_up_SF, _matrices(gate_up_ED2F), group_sizes_E, transpose_w=True))
     dweights_TK = slots.per_assignment(dweights_S)

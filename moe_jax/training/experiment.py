@@ -51,7 +51,9 @@ def main(
 
     from moe_jax import presets
     from moe_jax.config import ConfigError
+    from moe_jax.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if isinstance(default, dict):

@@ -15,6 +15,7 @@ from moe_jax.model.layers import (
     RMSNorm,
     SwiGLU,
     apply_rope,
+    gated,
     rope_frequencies,
     rotation,
     yarn_mscale,
@@ -162,3 +163,13 @@ def test_initializer_has_the_configured_standard_deviation():
     assert float(jnp.std(weight[...])) == pytest.approx(0.03, rel=0.05)
     assert weight[...].dtype == jnp.float32
     assert jax.tree.leaves(weight)[0].shape == (64, 64)
+
+
+def test_the_gradient_of_the_gated_product_is_that_of_its_formula():
+    gate_up, dy = (
+        jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate([(3, 5, 2, 7), (3, 5, 7)])
+    )
+    plain = lambda x: jax.nn.silu(x[..., 0, :]) * x[..., 1, :]  # noqa: E731
+    (y, pull), (expected, expected_pull) = jax.vjp(gated, gate_up), jax.vjp(plain, gate_up)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(pull(dy)[0], expected_pull(dy)[0], rtol=1e-5, atol=1e-6)
