@@ -185,7 +185,7 @@ def _main_thread() -> tuple[list[str], bool]:
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     frames = list(traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False))[::-1]
     file = Path(frames[-1].filename)
-    waits = bool(_LIBRARIES & set(file.parts)) or file.parent == _HERE and file.name == "distributed.py"
+    waits = bool(_LIBRARIES & set(file.parts)) or (file.parent == _HERE and file.name == "distributed.py")
     return [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in frames], waits
 
 
