@@ -416,15 +416,18 @@ with ending_together():
     mesh = jax.make_mesh((len(jax.devices()),), ("x",))
     place = {name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in (("divided", ["x"]), ("whole", []))}
     values = {name: np.arange(8 * 300, dtype=np.float32).reshape(8, 300) for name in place}
-    put = lambda step: {n: jax.make_array_from_callback((8, 300), s, lambda i: step * values[n][i]) for n, s in place.items()}
+    def put(step):
+        return {name: jax.make_array_from_callback((8, 300), sharding, lambda index: step * values[name][index])
+                for name, sharding in place.items()}
+
     with Checkpointer(folders[jax.process_index()]) as checkpoints:
         if action == "save":
             for step in (1, 2):
                 checkpoints.save(step, put(step), {"seen": step})
         else:
             found = checkpoints.restore(put(0))
-            right = all(np.array_equal(s.data, found.step * values[n][s.index])
-                        for n, x in found.state.items() for s in x.addressable_shards)
+            right = all(np.array_equal(shard.data, found.step * values[name][shard.index])
+                        for name, x in found.state.items() for shard in x.addressable_shards)
             print("restored", found.step, found.extra, right)
 """
 
