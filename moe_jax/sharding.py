@@ -245,6 +245,35 @@ def on_weight_shards(
     return jax.shard_map(shard, in_specs=specs, out_specs=out, check_vma=False)(x, w)
 
 
+def table_rows(table_VD: jax.Array, tokens_BS: jax.Array, dtype: Any) -> jax.Array:
+    """table_VD[tokens_BS] in `dtype`, [B, S, D], of a table with the logical axes ("vocab", "embed").
+
+    Where `fsdp` divides its columns, each device looks up its own ones for the tokens of all devices of the axis, and
+    they exchange what they found: no device holds the table, or its gradient, in whole. The gradient is added up in the
+    table's dtype.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec() if mesh.empty else partition_spec(("vocab", "embed"), table_VD.shape, mesh)
+    tokens = PartitionSpec() if mesh.empty else partition_spec(token_axes(tokens_BS.shape), tokens_BS.shape, mesh)
+    if "fsdp" not in spec or tokens[0] is None or mesh.manual_axes:
+        return table_VD[tokens_BS].astype(dtype)
+
+    def shard(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+        tokens_BS = lax.all_gather(tokens_BS, "fsdp", axis=0, tiled=True)
+        if spec[0] is None:
+            x_BSD = table_VD[tokens_BS].astype(dtype)
+        else:
+            place_BS = tokens_BS - len(table_VD) * lax.axis_index(spec[0])
+            found_BS = (place_BS >= 0) & (place_BS < len(table_VD))
+            x_BSD = jnp.where(found_BS[..., None], table_VD[jnp.where(found_BS, place_BS, 0)].astype(dtype), 0)
+        x_BSD = lax.all_to_all(x_BSD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return x_BSD if spec[0] is None else lax.psum(x_BSD, spec[0])
+
+    return jax.shard_map(shard, in_specs=(spec, tokens), out_specs=PartitionSpec(*tokens, None), check_vma=False)(
+        table_VD, tokens_BS
+    )
+
+
 def _split(spec: PartitionSpec, at: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple(spec)[:at], tuple(spec)[at:]
 

@@ -1,7 +1,8 @@
 """What a device holds, computes and communicates in one step of this code, from the configuration alone.
 
 Weights are divided exactly as `sharding.RULES` says. The rest is counted as the compiled program was seen to do it for
-TPUs: weights travel in the model's dtype, are gathered anew in the backward pass, and once more with remat = "block".
+TPUs: weights travel in the model's dtype, are gathered anew in the backward pass, and those that are not experts' once
+more with remat = "block".
 
 B batch, S sequence, T tokens of a device, D model, L layers, E experts, K experts per token, H heads, V vocabulary.
 """
@@ -20,6 +21,7 @@ from moe_jax.analysis.cost import Collective, Kind, Step
 from moe_jax.analysis.flops import kv_cache_bytes_per_token, quantizable_flops_per_token, training_flops_per_token
 from moe_jax.config import ConfigError, MeshConfig, ModelConfig
 from moe_jax.model.definition import Definition
+from moe_jax.ops import attention
 from moe_jax.sharding import RULES, partition_spec
 
 
@@ -165,13 +167,25 @@ def training_workload(
 def executed_flops_per_token(cfg: ModelConfig, sequence: int) -> float:
     """FLOPs that a training step really does per token.
 
-    Attention computes the scores that the mask then hides, and computes all of them anew in the backward pass, as the
-    head does its logits; remat = "block" computes every block's forward pass anew.
+    Attention computes scores that the mask then hides, all of them or those of the blocks on the diagonal, and computes
+    all of its scores anew in the backward pass, as the head does its logits; remat = "block" computes every block's
+    forward pass anew.
     """
-    forward = training_flops_per_token(cfg, sequence, causal=False, include_mtp=True) / 3
-    masked = forward - training_flops_per_token(cfg, sequence, include_mtp=True) / 3
+    causal = training_flops_per_token(cfg, sequence, include_mtp=True) / 3
+    scores = 2 * (training_flops_per_token(cfg, sequence, causal=False, include_mtp=True) / 3 - causal)
+    share = computed_share(sequence)
+    forward = causal + (share - 0.5) * scores
     head = 2 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.mtp.depth)
-    return 3 * forward + (forward if cfg.remat == "block" else head) + masked
+    return 3 * forward + (forward if cfg.remat == "block" else head) + 0.5 * share * scores
+
+
+def computed_share(sequence: int) -> float:
+    """Share of all pairs of a query and a key whose scores `ops.attention` computes: blocks in the future it leaves
+    out, where it works in blocks."""
+    if sequence**2 <= attention._MOST_SCORES:
+        return 1.0
+    blocks = math.ceil(sequence / attention._BLOCK)
+    return (blocks + 1) / (2 * blocks)
 
 
 def _training_collectives(
@@ -182,8 +196,8 @@ def _training_collectives(
         num_bytes = float(width * weight.gathered)
         if "fsdp" in weight.axes and sizes["fsdp"] > 1:
             inside = "blocks" in weight.name
-            # The recomputed forward pass stops short of what only its output needs: the experts' last product.
-            again = blocks and inside and not weight.name.endswith("experts.down_EFD")
+            # Experts that the recomputed forward pass gathers serve its gradients, too.
+            again = blocks and inside and not weight.is_expert
             yield Collective("all-gather", ("fsdp",), num_bytes, M * (3 if again else 2), "weights")
             yield Collective("reduce-scatter", ("fsdp",), num_bytes, M, "gradients")
         elif weight.elements >= 2**20:
