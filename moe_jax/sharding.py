@@ -274,6 +274,28 @@ def table_rows(table_VD: jax.Array, tokens_BS: jax.Array, dtype: Any) -> jax.Arr
     )
 
 
+def sum_of_shards(x_RDV: jax.Array, *axes: str | None) -> jax.Array:
+    """Σ_R x, a weight's gradient from its parts on all devices that share the rows of a batch; `axes` are the weight's.
+
+    Each device gets its shard at once. Left to XLA, the whole sum lives on every device until the optimizer takes its
+    part of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or len(x_RDV) == 1 or len(x_RDV) != _devices("rows", mesh):
+        return jnp.sum(x_RDV, axis=0)
+    spec, rows = partition_spec(axes, x_RDV.shape[1:], mesh), RULES["rows"]
+    kept = [axis if axis == "tensor" else None for axis in spec]
+
+    def shard(x_1DV: jax.Array) -> jax.Array:
+        x_DV, left = x_1DV[0], list(rows or ())
+        if "fsdp" in spec:
+            x_DV = lax.psum_scatter(x_DV, "fsdp", scatter_dimension=list(spec).index("fsdp"), tiled=True)
+            left.remove("fsdp")
+        return lax.psum(x_DV, tuple(left))
+
+    return jax.shard_map(shard, in_specs=PartitionSpec(rows, *kept), out_specs=spec, check_vma=False)(x_RDV)
+
+
 def _split(spec: PartitionSpec, at: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple(spec)[:at], tuple(spec)[at:]
 

@@ -18,6 +18,7 @@ from moe_jax.sharding import (
     make_mesh,
     partition_spec,
     put_batch,
+    sum_of_shards,
     table_rows,
     token_axes,
     token_shards,
@@ -169,3 +170,18 @@ def test_rows_of_a_table_that_no_device_holds_in_whole(vocabulary, axes):
     np.testing.assert_allclose(gradient_VD, expected_VD, rtol=1e-4, atol=1e-5)
     assert gradient_VD.sharding.is_equivalent_to(place, 2)
     assert f"f32[{vocabulary},16]" not in program.as_text()
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "context": 4}])
+def test_sums_of_shards_are_scattered_at_once(axes):
+    mesh = make_mesh(MeshConfig(**{"data": 1, **axes}))
+    shards = 8 // mesh.shape["tensor"]
+    x_RDV = np.random.default_rng(0).normal(size=(shards, 16, 24)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec(RULES["rows"], None, None))
+        program = jax.jit(lambda x_RDV: sum_of_shards(x_RDV, "embed", "vocab"))
+        total_DV = program(jax.device_put(x_RDV, place))
+        expected = NamedSharding(mesh, partition_spec(("embed", "vocab"), (16, 24), mesh))
+        assert total_DV.sharding.is_equivalent_to(expected, 2)
+        np.testing.assert_allclose(program(x_RDV[:1]), x_RDV[0])  # of a batch that is not divided
+    np.testing.assert_allclose(total_DV, x_RDV.sum(axis=0), rtol=1e-5, atol=1e-6)
