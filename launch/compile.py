@@ -103,7 +103,7 @@ def compile_step(config: Config, mesh: Any, batch: int) -> Compiled:
     memory = state | {
         "optimizer" if state else "arguments": held - sum(state.values()),
         "outputs not in place": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes - stats.generated_code_size_in_bytes,  # TPUs' program is in both
         "code": stats.generated_code_size_in_bytes,
     }
     memory = {name: float(value) for name, value in memory.items()}

@@ -92,7 +92,7 @@ def hardware_of(config: Config) -> cost.Hardware:
 
 def moment_bytes(optimizer: OptimizerConfig) -> int:
     """Bytes of optimizer state per parameter; Muon keeps one moment of matrices, here of all."""
-    return 4 if optimizer.name == "muon" else 8
+    return (1 if optimizer.name == "muon" else 2) * (2 if optimizer.moment_dtype == "bfloat16" else 4)
 
 
 def estimate(config: Config) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Local:
     line with the number of its process."""
     heartbeat_seconds: int = 30
     """A process that is silent for so long is given up by the others (JAX's coordination service)."""
+    hang_seconds: int = 1800
+    """A process that comes to no safe point for so long, alive as it is, ends the run (`training/watchdog.py`)."""
     grace_seconds: float = 45.0
     """After the first failure: how long the others may take to end. More than `heartbeat_seconds`, so that they can say
     who it was."""
@@ -51,7 +53,7 @@ class Local:
     """Only print what would run."""
 
     def __post_init__(self) -> None:
-        for name in ("processes", "devices", "heartbeat_seconds"):
+        for name in ("processes", "devices", "heartbeat_seconds", "hang_seconds"):
             if getattr(self, name) < 1:
                 raise LaunchError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.grace_seconds < 0:
@@ -66,6 +68,7 @@ def environment(config: Local, process: int, port: int) -> dict[str, str]:
         "JAX_NUM_PROCESSES": str(config.processes),
         "JAX_PROCESS_ID": str(process),
         "MOE_JAX_HEARTBEAT_SECONDS": str(config.heartbeat_seconds),
+        "MOE_JAX_HANG_SECONDS": str(config.hang_seconds),
         "PYTHONUNBUFFERED": "1",
     }
     if config.platform == "gpu":

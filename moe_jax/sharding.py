@@ -245,6 +245,57 @@ def on_weight_shards(
     return jax.shard_map(shard, in_specs=specs, out_specs=out, check_vma=False)(x, w)
 
 
+def table_rows(table_VD: jax.Array, tokens_BS: jax.Array, dtype: Any) -> jax.Array:
+    """table_VD[tokens_BS] in `dtype`, [B, S, D], of a table with the logical axes ("vocab", "embed").
+
+    Where `fsdp` divides its columns, each device looks up its own ones for the tokens of all devices of the axis, and
+    they exchange what they found: no device holds the table, or its gradient, in whole. The gradient is added up in the
+    table's dtype.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec() if mesh.empty else partition_spec(("vocab", "embed"), table_VD.shape, mesh)
+    tokens = PartitionSpec() if mesh.empty else partition_spec(token_axes(tokens_BS.shape), tokens_BS.shape, mesh)
+    if "fsdp" not in spec or tokens[0] is None or mesh.manual_axes:
+        return table_VD[tokens_BS].astype(dtype)
+
+    def shard(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+        tokens_BS = lax.all_gather(tokens_BS, "fsdp", axis=0, tiled=True)
+        if spec[0] is None:
+            x_BSD = table_VD[tokens_BS].astype(dtype)
+        else:
+            place_BS = tokens_BS - len(table_VD) * lax.axis_index(spec[0])
+            found_BS = (place_BS >= 0) & (place_BS < len(table_VD))
+            x_BSD = jnp.where(found_BS[..., None], table_VD[jnp.where(found_BS, place_BS, 0)].astype(dtype), 0)
+        x_BSD = lax.all_to_all(x_BSD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return x_BSD if spec[0] is None else lax.psum(x_BSD, spec[0])
+
+    return jax.shard_map(shard, in_specs=(spec, tokens), out_specs=PartitionSpec(*tokens, None), check_vma=False)(
+        table_VD, tokens_BS
+    )
+
+
+def sum_of_shards(x_RDV: jax.Array, *axes: str | None) -> jax.Array:
+    """Σ_R x, a weight's gradient from its parts on all devices that share the rows of a batch; `axes` are the weight's.
+
+    Each device gets its shard at once. Left to XLA, the whole sum lives on every device until the optimizer takes its
+    part of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or len(x_RDV) == 1 or len(x_RDV) != _devices("rows", mesh):
+        return jnp.sum(x_RDV, axis=0)
+    spec, rows = partition_spec(axes, x_RDV.shape[1:], mesh), RULES["rows"]
+    kept = [axis if axis == "tensor" else None for axis in spec]
+
+    def shard(x_1DV: jax.Array) -> jax.Array:
+        x_DV, left = x_1DV[0], list(rows or ())
+        if "fsdp" in spec:
+            x_DV = lax.psum_scatter(x_DV, "fsdp", scatter_dimension=list(spec).index("fsdp"), tiled=True)
+            left.remove("fsdp")
+        return lax.psum(x_DV, tuple(left))
+
+    return jax.shard_map(shard, in_specs=PartitionSpec(rows, *kept), out_specs=spec, check_vma=False)(x_RDV)
+
+
 def _split(spec: PartitionSpec, at: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple(spec)[:at], tuple(spec)[at:]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, MoEConfig, MTPConfig
 from moe_jax.model.definition import Definition
@@ -18,6 +18,8 @@ from moe_jax.sharding import (
     make_mesh,
     partition_spec,
     put_batch,
+    sum_of_shards,
+    table_rows,
     token_axes,
     token_shards,
 )
@@ -141,3 +143,45 @@ def test_constrain_is_nothing_without_a_mesh_and_a_constraint_with_one():
     with jax.set_mesh(MESH):
         y = jax.jit(lambda x: constrain(x, "batch", "activation"))(x)
     assert y.sharding.shard_shape(y.shape) == (2, 4)
+
+
+@pytest.mark.parametrize("vocabulary", [16, 17])
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}]
+)
+def test_rows_of_a_table_that_no_device_holds_in_whole(vocabulary, axes):
+    rng, mesh = np.random.default_rng(0), make_mesh(MeshConfig(**{"data": 1, **axes}))
+    table_VD = rng.normal(size=(vocabulary, 16)).astype(np.float32)
+    tokens_BS = rng.integers(0, vocabulary, (8, 8)).astype(np.int32)
+    weight_BSD = rng.normal(size=(8, 8, 16)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, partition_spec(("vocab", "embed"), table_VD.shape, mesh))
+        table, tokens = jax.device_put(table_VD, place), put_batch({"tokens_BS": tokens_BS}, mesh)["tokens_BS"]
+
+        def loss(table):
+            x_BSD = table_rows(table, tokens, jnp.float32)
+            return jnp.sum(x_BSD * weight_BSD), x_BSD
+
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(table).compile()
+        gradient_VD, x_BSD = program(table)
+    np.testing.assert_array_equal(x_BSD, table_VD[tokens_BS])
+    expected_VD = np.zeros_like(table_VD)
+    np.add.at(expected_VD, tokens_BS, weight_BSD)
+    np.testing.assert_allclose(gradient_VD, expected_VD, rtol=1e-4, atol=1e-5)
+    assert gradient_VD.sharding.is_equivalent_to(place, 2)
+    assert f"f32[{vocabulary},16]" not in program.as_text()
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "context": 4}])
+def test_sums_of_shards_are_scattered_at_once(axes):
+    mesh = make_mesh(MeshConfig(**{"data": 1, **axes}))
+    shards = 8 // mesh.shape["tensor"]
+    x_RDV = np.random.default_rng(0).normal(size=(shards, 16, 24)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec(RULES["rows"], None, None))
+        program = jax.jit(lambda x_RDV: sum_of_shards(x_RDV, "embed", "vocab"))
+        total_DV = program(jax.device_put(x_RDV, place))
+        expected = NamedSharding(mesh, partition_spec(("embed", "vocab"), (16, 24), mesh))
+        assert total_DV.sharding.is_equivalent_to(expected, 2)
+        np.testing.assert_allclose(program(x_RDV[:1]), x_RDV[0])  # of a batch that is not divided
+    np.testing.assert_allclose(total_DV, x_RDV.sum(axis=0), rtol=1e-5, atol=1e-6)

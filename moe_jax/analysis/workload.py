@@ -1,7 +1,8 @@
 """What a device holds, computes and communicates in one step of this code, from the configuration alone.
 
 Weights are divided exactly as `sharding.RULES` says. The rest is counted as the compiled program was seen to do it for
-TPUs: weights travel in the model's dtype, are gathered anew in the backward pass, and once more with remat = "block".
+TPUs: weights travel in the model's dtype, are gathered anew in the backward pass, and those that are not experts' once
+more with remat = "block".
 
 B batch, S sequence, T tokens of a device, D model, L layers, E experts, K experts per token, H heads, V vocabulary.
 """
@@ -20,6 +21,7 @@ from moe_jax.analysis.cost import Collective, Kind, Step
 from moe_jax.analysis.flops import kv_cache_bytes_per_token, quantizable_flops_per_token, training_flops_per_token
 from moe_jax.config import ConfigError, MeshConfig, ModelConfig
 from moe_jax.model.definition import Definition
+from moe_jax.ops import attention
 from moe_jax.sharding import RULES, partition_spec
 
 
@@ -130,24 +132,8 @@ def training_workload(
     layers, blocks = cfg.num_layers + cfg.mtp.depth, cfg.remat == "block"
     heads = cfg.attention.num_heads / sizes["tensor"]
 
-    scores = rows * heads * sequence**2 * 4.0
-    kept = layers * T * D * width * (1 if blocks else 8)
-    rows_of_experts = T * cfg.moe.num_experts_per_token * cfg.moe.dispatch_buffer if cfg.moe.num_experts else 0
-    expert_layer = _layer(all_weights, ".experts.", cfg.num_moe_layers)
-    # A layer's backward pass: gathered experts, their gradients, and the rows that go in and out in float32 ...
-    sparse = 2 * width * expert_layer + rows_of_experts * (D * (4 + 2 * width) + 3 * cfg.moe.expert_size * 2 * width)
-    # ... or scores, their exponentials in both types and their gradients.
-    attention = 3.5 * scores + 6 * T * heads * _query_width(cfg) * width
-    head = (4 + width) * sum(weight.gathered for weight in all_weights if weight.name in ("head_DV", "embed_VD"))
-    # XLA casts the stacks of weights before the loop over layers, not in it.
-    casts = width * held if width < 4 else 0
-    memory = Memory(
-        parameters=4.0 * held,
-        optimizer=float(moment_bytes * held),
-        gradients=4.0 * held * (2 if M > 1 else 1),
-        activations=float(kept),
-        temporaries=casts + head + max(sparse, attention),
-    )
+    scores = computed_share(sequence) * rows * heads * sequence**2 * 4.0
+    memory = _training_memory(cfg, all_weights, sizes, rows, sequence, M, moment_bytes)
     flops = M * T * executed_flops_per_token(cfg, sequence) / sizes["tensor"]
     passes = 4 if blocks else 3
     gathered = sum(weight.gathered for weight in all_weights)
@@ -162,16 +148,72 @@ def training_workload(
     return Workload(step, memory, batch * sequence, model_flops)
 
 
+def _training_memory(
+    cfg: ModelConfig,
+    all_weights: list[Weight],
+    sizes: dict[str, int],
+    rows: int,
+    sequence: int,
+    micro_batches: int,
+    moment_bytes: int,
+) -> Memory:
+    """The factors are those that make the sums XLA's, on the cases in `launch/estimate.py`: copies into other layouts
+    and what its heap cannot fill are in them."""
+    width = 2 if cfg.dtype == "bfloat16" else 4
+    held = sum(weight.held for weight in all_weights)
+    T, D, moe = rows * sequence, cfg.hidden_size, cfg.moe
+    F = moe.expert_size / sizes["tensor"]
+    layers, heads = cfg.num_layers + cfg.mtp.depth, cfg.attention.num_heads / sizes["tensor"]
+
+    # A layer's backward pass: its gathered weights in two layouts, their gradients in two, ...
+    stacks = ("moe_blocks", cfg.num_moe_layers), ("dense_blocks", cfg.num_dense_layers)
+    layer = max(_layer(all_weights, stack, count) for stack, count in stacks)
+    temporaries = 4 * width * layer
+    if moe.num_experts:
+        # ... the rows of experts, in the model's dtype and in float32, outside and inside, and tokens from afar ...
+        shards = sizes["expert"] if moe.num_experts % sizes["expert"] == 0 else 1
+        rows_of_experts = T * moe.num_experts_per_token * (moe.dispatch_buffer if shards > 1 else 1.0)
+        tokens = T * (shards if shards > 1 and _gathers_tokens(cfg, shards) else 1)
+        temporaries += rows_of_experts * (6 * width * D + 11 * width * F) + 5 * width * tokens * D
+    # ... or of attention: queries, keys and values, their gradients in float32, and scores of all pairs or of a block.
+    pairs = sequence**2 if computed_share(sequence) == 1 else attention._BLOCK**2
+    temporaries = max(temporaries, 14 * rows * heads * pairs + T * heads * _query_width(cfg) * (8 * width + 12))
+    # Before the layers' gradients there are any: the head, its gradient in float32, and that of a chunk of logits.
+    head = (4 + width) * sum(weight.gathered for weight in all_weights if weight.name in ("head_DV", "embed_VD"))
+    head = head / (1 if cfg.tie_word_embeddings else 2) + 3 * 2**28
+    gradients = 4.0 * held * (2 if micro_batches > 1 else 1)
+    return Memory(
+        parameters=4.0 * held,
+        optimizer=float(moment_bytes * held),
+        gradients=gradients,
+        activations=float(layers * T * D * width * (1 if cfg.remat == "block" else 8)),
+        # XLA casts the stacks of weights before the loop over layers, not in it.
+        temporaries=(width * held if width < 4 else 0) + max(temporaries, head - gradients),
+    )
+
+
 def executed_flops_per_token(cfg: ModelConfig, sequence: int) -> float:
     """FLOPs that a training step really does per token.
 
-    Attention computes the scores that the mask then hides, and computes all of them anew in the backward pass, as the
-    head does its logits; remat = "block" computes every block's forward pass anew.
+    Attention computes scores that the mask then hides, all of them or those of the blocks on the diagonal, and computes
+    all of its scores anew in the backward pass, as the head does its logits; remat = "block" computes every block's
+    forward pass anew.
     """
-    forward = training_flops_per_token(cfg, sequence, causal=False, include_mtp=True) / 3
-    masked = forward - training_flops_per_token(cfg, sequence, include_mtp=True) / 3
+    causal = training_flops_per_token(cfg, sequence, include_mtp=True) / 3
+    scores = 2 * (training_flops_per_token(cfg, sequence, causal=False, include_mtp=True) / 3 - causal)
+    share = computed_share(sequence)
+    forward = causal + (share - 0.5) * scores
     head = 2 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.mtp.depth)
-    return 3 * forward + (forward if cfg.remat == "block" else head) + masked
+    return 3 * forward + (forward if cfg.remat == "block" else head) + 0.5 * share * scores
+
+
+def computed_share(sequence: int) -> float:
+    """Share of all pairs of a query and a key whose scores `ops.attention` computes: blocks in the future it leaves
+    out, where it works in blocks."""
+    if sequence**2 <= attention._MOST_SCORES:
+        return 1.0
+    blocks = math.ceil(sequence / attention._BLOCK)
+    return (blocks + 1) / (2 * blocks)
 
 
 def _training_collectives(
@@ -182,8 +224,8 @@ def _training_collectives(
         num_bytes = float(width * weight.gathered)
         if "fsdp" in weight.axes and sizes["fsdp"] > 1:
             inside = "blocks" in weight.name
-            # The recomputed forward pass stops short of what only its output needs: the experts' last product.
-            again = blocks and inside and not weight.name.endswith("experts.down_EFD")
+            # Experts that the recomputed forward pass gathers serve its gradients, too.
+            again = blocks and inside and not weight.is_expert
             yield Collective("all-gather", ("fsdp",), num_bytes, M * (3 if again else 2), "weights")
             yield Collective("reduce-scatter", ("fsdp",), num_bytes, M, "gradients")
         elif weight.elements >= 2**20:
@@ -240,7 +282,7 @@ def decoding_workload(cfg: ModelConfig, sizes: dict[str, int], batch: int, conte
         else:
             sent = token_bytes * cfg.moe.num_experts_per_token
             collectives.append(Collective("all-to-all", ("expert",), sent, 2 * cfg.num_moe_layers, "tokens"))
-    layer = width * max(_layer(all_weights, "moe_blocks", cfg.num_moe_layers), 0)
+    layer = width * _layer(all_weights, "moe_blocks", cfg.num_moe_layers)
     head = width * sum(weight.gathered for weight in all_weights if weight.name == "head_DV")
     memory = Memory(float(held), 0.0, 0.0, cache, float(layer + head + rows * cfg.vocab_size * 4))
     step = Step(rows * flops / sizes["tensor"], width * read + cache, tuple(collectives))
@@ -267,10 +309,9 @@ def _over(
         yield Collective(kind, axes, num_bytes, count, what)
 
 
-def _layer(all_weights: list[Weight], part: str, layers: int) -> int:
-    """Gathered elements of one layer."""
-    found = sum(weight.gathered for weight in all_weights if part in weight.name and "moe_blocks" in weight.name)
-    return found // max(layers, 1)
+def _layer(all_weights: list[Weight], stack: str, layers: int) -> int:
+    """Gathered elements of one layer of a stack."""
+    return sum(weight.gathered for weight in all_weights if weight.name.startswith(stack)) // max(layers, 1)
 
 
 def _gathers_tokens(cfg: ModelConfig, shards: int) -> bool:

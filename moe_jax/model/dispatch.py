@@ -47,6 +47,7 @@ def dispatch(
     axes: Sequence[tuple[str | None, ...]],
     work: Work,
     cfg: MoEConfig,
+    recomputed: bool = False,
 ) -> Array:
     """Σ_k weight · expert(x) for each token, on one device or on the mesh that `jax.set_mesh` put in place.
 
@@ -58,6 +59,8 @@ def dispatch(
         axes: the logical axes of each (`sharding.RULES`), the first being "expert".
         work: what the experts do. Its result may be a part of a sum over the mesh's axis `tensor`.
         cfg: number of experts, strategy, size of buffers.
+        recomputed: the backward pass computes the layer anew (`ModelConfig.remat`). Experts that it gathers for that
+            serve for the gradients, too.
 
     Returns:
         y_BSD, float32.
@@ -71,9 +74,13 @@ def dispatch(
     strategy = _strategy(cfg, mesh.shape["expert"] if specs[0][0] is not None else 1, tokens[0] is not None)
 
     # What is kept for the backward pass: tokens that came from afar and the experts' insides, not whole experts.
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("received", "insides"))
+    kept = ("received", "insides", "gathered") if recomputed else ("received", "insides")
+
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*kept))
     def shard(x_BSD: Array, experts_BSK: Array, weights_BSK: Array, *arrays: Array) -> Array:
-        whole = [_gather_fsdp(array, spec) for array, spec in zip(arrays, specs, strict=True)]
+        whole = [
+            checkpoint_name(_gather_fsdp(array, spec), "gathered") for array, spec in zip(arrays, specs, strict=True)
+        ]
         y_TD = strategy(_flat(x_BSD), _flat(experts_BSK), _flat(weights_BSK), whole, work, cfg)
         if any("tensor" in spec for spec in specs):
             y_TD = lax.psum(y_TD.astype(x_BSD.dtype), "tensor").astype(jnp.float32)

@@ -116,7 +116,7 @@ class Experts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, init: Initializer):
         E, D, F = cfg.moe.num_experts, cfg.hidden_size, cfg.moe.expert_size
-        self.cfg = cfg.moe
+        self.cfg, self.recomputed = cfg.moe, cfg.remat != "none"
         self.axes = ("expert", "embed", None, "mlp"), ("expert", "mlp", "embed")
         self.gate_up_ED2F = init.weight((E, D, 2, F), self.axes[0], "bioo")
         self.down_EFD = init.weight((E, F, D), self.axes[1], "bio")
@@ -125,7 +125,7 @@ class Experts(nnx.Module):
         """Σ_k weight · expert(x), [B, S, D]; expert number E is none."""
         arrays = [array[...].astype(x_BSD.dtype) for array in (self.gate_up_ED2F, self.down_EFD)]
         work = _work(self.gate_up_ED2F.get_metadata("quantization"))
-        y_BSD = dispatch(x_BSD, experts_BSK, weights_BSK, arrays, self.axes, work, self.cfg)
+        y_BSD = dispatch(x_BSD, experts_BSK, weights_BSK, arrays, self.axes, work, self.cfg, self.recomputed)
         return y_BSD.astype(x_BSD.dtype)
 
 

@@ -19,7 +19,7 @@ from moe_jax.model.layers import Initializer, RMSNorm, constant, product, rotati
 from moe_jax.model.mtp import MTP, MTPOutput, ParallelHeads, make_mtp
 from moe_jax.model.router import RouterStats
 from moe_jax.ops.attention import Tokens
-from moe_jax.sharding import balanced, constrain, in_order, token_axes
+from moe_jax.sharding import balanced, constrain, in_order, table_rows, token_axes
 
 
 class Cache(NamedTuple):
@@ -142,8 +142,8 @@ class Transformer(nnx.Module):
         return tokens_BS if self.cfg.moe.routing == "hash" else positions_BS
 
     def embed(self, tokens_BS: Array) -> Array:
-        # Taken in float32: the gradient adds up a token's occurrences, which bfloat16 cannot count past 256.
-        x_BSD = self.embed_VD[...][tokens_BS].astype(self.cfg.dtype)
+        # Of the float32 table: the gradient adds up a token's occurrences, which bfloat16 cannot count past 256.
+        x_BSD = table_rows(self.embed_VD[...], tokens_BS, self.cfg.dtype)
         return constrain(x_BSD, *token_axes(x_BSD.shape), "activation")
 
     def head(self) -> Array:

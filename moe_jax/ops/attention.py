@@ -108,6 +108,9 @@ def _chunked(scale: float, q_BKGSD: Array, k_BKTD: Array, v_BKTE: Array, seen: C
 
 
 def _chunked_forward(scale: float, q_BKGSD: Array, k_BKTD: Array, v_BKTE: Array, seen: Causal) -> tuple[Array, tuple]:
+    # The blocks' masks are the same in every layer. Unless they seem to depend on the layer's queries, the gradient of
+    # a scan over layers computes them once, before it, and holds those of all blocks and heads.
+    q_BKGSD, seen = jax.lax.optimization_barrier((q_BKGSD, seen))
     dtype = jnp.promote_types(q_BKGSD.dtype, jnp.float32)
     queries = (_split(q_BKGSD, 3), _split_tokens(seen.query, -1))
     keys = (_split(k_BKTD, 2), _split(v_BKTE, 2), _split_tokens(seen.key, _LAST))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe_jax.sharding import constrain
+from moe_jax.sharding import constrain, sum_of_shards
 
 # Logits per shard that may exist at once: 256 MiB in float32, 512 tokens of a vocabulary of 128k.
 _BLOCK_ELEMENTS = 2**26
@@ -227,7 +227,7 @@ def _chunked_backward(num_chunks, banned_ids, residuals, grads):
         chunks = (_split(hidden_RNSD, num_chunks), _split(targets_RNS, num_chunks), _split(grad_RNS, num_chunks))
         grad_head_RDV, grad_hidden = jax.lax.scan(step, zeros_RDV, chunks)
         grad_hidden = _merge(grad_hidden)
-    return grad_hidden, jnp.sum(grad_head_RDV, axis=0).astype(dtype), None
+    return grad_hidden, sum_of_shards(grad_head_RDV, "embed", "vocab").astype(dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -17,10 +17,10 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 
 from moe_jax.training.distributed import gather
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 # Orbax narrates every save through absl's logger. What matters of it reaches the user as a CheckpointError or as one
@@ -175,7 +176,8 @@ class Checkpointer:
 
         Raises:
           CheckpointError: the checkpoint is of another config (the first differing arrays are listed), or none of
-            the checkpoints is intact. A damaged one is logged as a warning, and the next older is tried.
+            the checkpoints is intact. One that is damaged for any of the processes is logged as a warning, and all try
+            the next older.
         """
         with self._lock:
             self.wait()
@@ -185,7 +187,7 @@ class Checkpointer:
             for step in steps:
                 path = self._path(step)
                 try:
-                    manifest, extra = _read_manifest(path, step)
+                    manifest, extra = _together(lambda path=path, step=step: _read_manifest(path, step))
                     _compare_structure(path, manifest, like, partial)
                     state = _read_arrays(path, manifest, like)
                 except _Damaged as damage:
@@ -348,8 +350,29 @@ def _manifest(tree: Any, prints: Mapping[str, int]) -> dict[str, dict[str, Any]]
     }
 
 
+def _together(read: Callable[[], Result]) -> Result:
+    """read(), or `_Damaged` in every process if it is in one: all of them take the same checkpoint."""
+    result, damage = None, None
+    try:
+        result = read()
+    except _Damaged as error:
+        damage = str(error)
+    said = {process: text for process, text in enumerate(gather(damage)) if text is not None}
+    if damage is not None:
+        raise _Damaged(damage)
+    if said:
+        raise _Damaged("; ".join(f"process {process}: {text}" for process, text in list(said.items())[:3]))
+    return cast(Result, result)
+
+
 def _restorer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    """Each process reads by itself: one that fails would leave the others waiting at Orbax's barrier."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix="read"
+    )
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _read_manifest(path: Path, step: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -403,28 +426,34 @@ def _read_arrays(path: Path, manifest: Mapping[str, Mapping[str, Any]], like: An
             args[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=raw.dtype)
         else:
             args[name] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=raw.shape, dtype=raw.dtype)
-    arrays: dict[str, jax.Array] = {}
-    if structs:
-        try:
-            with _restorer() as reader:
-                restore_args = ocp.args.PyTreeRestore(item=structs, restore_args=args, partial_restore=True)
-                restored = reader.restore(path, args=ocp.args.Composite(state=restore_args))["state"]
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # out of memory says nothing about the files
-        except Exception as error:
-            raise _Damaged(f"{path / 'state'} is unreadable: {_describe(error)}") from error
-        arrays = {name: x if isinstance(x, jax.Array) else jnp.asarray(x) for name, x in restored.items()}
-    arrays |= empty
+    arrays = (_together(lambda: _read_files(path, structs, args)) if structs else {}) | empty
     found = fingerprints(arrays)
     wrong = [name for name in arrays if found[name] != manifest[name]["fingerprint"]]
-    if wrong:
-        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise _Damaged(f"the values of {shown} in {path / 'state'} are not those that were saved")
+
+    def compare() -> None:
+        if wrong:
+            shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise _Damaged(f"the values of {shown} in {path / 'state'} are not those that were saved")
+
+    _together(compare)
     leaves = [
         jax.random.wrap_key_data(arrays[name], impl=_key_impl(leaf)) if _is_key(leaf) else arrays[name]
         for name, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _read_files(path: Path, structs: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """This process's shards of the arrays."""
+    try:
+        with _restorer() as reader:
+            restore_args = ocp.args.PyTreeRestore(item=structs, restore_args=args, partial_restore=True)
+            restored = reader.restore(path, args=ocp.args.Composite(state=restore_args))["state"]
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # out of memory says nothing about the files
+    except Exception as error:
+        raise _Damaged(f"{path / 'state'} is unreadable: {_describe(error)}") from error
+    return {name: x if isinstance(x, jax.Array) else jnp.asarray(x) for name, x in restored.items()}
 
 
 def _key_impl(leaf: Any) -> Any:

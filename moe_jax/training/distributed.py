@@ -2,7 +2,8 @@
 
 JAX's coordination service, in process 0, is the engine: every process sends it heartbeats. One that is killed, loses
 its network or is stopped (SIGSTOP) sends none; `heartbeat_seconds` later JAX ends all others with SIGABRT (134)
-and "The following tasks are unhealthy (stopped sending heartbeats): 3". Then run the same command again: it resumes.
+and "The following tasks are unhealthy (stopped sending heartbeats): 3". Of one that hangs while its heartbeats go on,
+`watchdog.py` says so. Then run the same command again: it resumes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import jax
 import numpy as np
 
 from moe_jax.config import ConfigError
+from moe_jax.training import watchdog
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Set all three to place a process by hand, as `launch.local` does: host:port of process 0, how many, which."""
@@ -43,7 +45,7 @@ class DistributedError(Exception):
 
 
 def initialize(
-    *, start_seconds: int = 300, heartbeat_seconds: int = 60, shutdown_seconds: int = 120
+    *, start_seconds: int = 300, heartbeat_seconds: int = 60, hang_seconds: int = 1800, shutdown_seconds: int = 120
 ) -> list[str] | None:
     """Joins this process to its run; call it before anything that touches a device. A process alone: does nothing.
 
@@ -53,6 +55,7 @@ def initialize(
     Args:
         start_seconds: How long to wait for the other processes.
         heartbeat_seconds: How long a process may be silent before the others end.
+        hang_seconds: How long a process may stay between two safe points before all end (`watchdog.py`).
         shutdown_seconds: How long a process that is done waits for the others.
 
     Returns:
@@ -67,6 +70,8 @@ def initialize(
         return None
     if text := os.environ.get(HEARTBEAT):
         heartbeat_seconds = _number(HEARTBEAT, text, least=1)
+    if text := os.environ.get(watchdog.HANG):
+        hang_seconds = _number(watchdog.HANG, text, least=1)
     global _heartbeat_seconds
     _heartbeat_seconds = heartbeat_seconds
     # It would take SIGTERM away from Python's own handlers (`training/signals.py`).
@@ -101,6 +106,7 @@ def initialize(
         print(f"{len(names)} processes: {listed}", file=sys.stderr, flush=True)
     else:
         _watch_coordinator(names[0], heartbeat_seconds)
+    watchdog.start(client, _id(), names, hang_seconds)
     return names
 
 
@@ -112,6 +118,7 @@ def barrier(name: str, seconds: float = 600) -> None:
     """
     if not jax.distributed.is_initialized() or _count() == 1:
         return
+    watchdog.mark()
     try:
         _client().wait_at_barrier(f"moe_jax/{name}", int(1000 * seconds))
     except RuntimeError as error:
@@ -160,6 +167,7 @@ def gather(value: Any) -> list[Any]:
         return [value]
     from jax.experimental import multihost_utils
 
+    watchdog.mark()
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
@@ -184,6 +192,7 @@ class StopAgreement:
         """The signal to stop for now, or None to go on; `signum` is what came to this process so far."""
         if _count() == 1:
             return signum
+        watchdog.mark()
         self._point += 1
         if signum is not None and not self._announced:
             self._announced = True

@@ -21,6 +21,7 @@ from moe_jax.training.checkpoint import Checkpointer, CheckpointError
 from moe_jax.training.distributed import gather
 from moe_jax.training.run import Progress, Run
 from moe_jax.training.signals import StopGuard, Stopped
+from moe_jax.training.watchdog import mark
 
 State = TypeVar("State")
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def run_phase(
         Stopped: a signal came; the state of the last step is saved.
         CheckpointError, RunError: the folder cannot be read or written.
     """
+    mark(f"the start of {phase}")
     with run.checkpointer(phase, keep=checkpoint.keep) as checkpoints:
         restored = checkpoints.restore(state)
         start = 0
@@ -85,7 +87,9 @@ def run_phase(
             try:
                 for step in range(start, steps):
                     guard.check()
+                    mark(f"{phase}, step {step + 1}")
                     state, metrics = body(state, step)
+                    mark(f"{phase}, after step {step + 1}")
                     loop.finish_step(progress, show)
                     loop.begin_finishing(state, step + 1, metrics)
                     on_device = any(isinstance(value, jax.Array) for value in metrics.values())
@@ -94,6 +98,7 @@ def run_phase(
                         loop.finish_step(progress, show)
                     if save:
                         loop.save()
+                mark(f"the end of {phase}")
                 checkpoints.wait()
             except Stopped as stop:
                 loop.finish_step(progress, show)

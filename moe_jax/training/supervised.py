@@ -86,8 +86,8 @@ def _mtp_loss_coef(mtp: MTPConfig, batch: Batch) -> float | Array:
     """λ at the step of a whole batch: of the tokens before it, and constant where it has no second value."""
     if not mtp.depth or not mtp.late_after_tokens:
         return mtp.loss_coef
-    seen = batch["step_B"][0].astype(jnp.float32) * batch["tokens_BS"].size  # 10T tokens are no int32
-    return jnp.where(seen < mtp.late_after_tokens, mtp.loss_coef, mtp.late_loss_coef)
+    seen = batch["step_B"][0].astype(jnp.float32) * float(batch["tokens_BS"].size)  # 10T tokens are no int32
+    return jnp.where(seen < float(mtp.late_after_tokens), mtp.loss_coef, mtp.late_loss_coef)
 
 
 def _forward(

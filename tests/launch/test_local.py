@@ -15,9 +15,10 @@ from launch.local import Local, environment, main
 ROOT = Path(__file__).resolve().parents[2]
 
 WORKER = """
-import os, sys, time
+import os, re, sys, time
 import jax
 from moe_jax.training import distributed
+from moe_jax.training.watchdog import mark
 
 names = distributed.initialize(start_seconds=60, shutdown_seconds=20)
 with distributed.ending_together():
@@ -41,7 +42,15 @@ with distributed.ending_together():
     elif mode == "raise":
         if jax.process_index() == 1:
             raise ValueError("bad luck")
-    while mode in ("loop", "raise"):
+    step, hanging = 0, int(os.environ["JAX_PROCESS_ID"]) == int(sys.argv[2]) if sys.argv[2:] else False
+    while mode in ("loop", "raise", "sleep", "native"):
+        step += 1
+        mark(f"loop, step {step}")
+        if hanging and step == 20:
+            time.sleep(1)  # so that step 20 is known to the others
+            # Or one call of C code that keeps the interpreter.
+            time.sleep(10**6) if mode == "sleep" else re.match("(a+)+b", "a" * 60)
+        mark()
         float(total(x))
         time.sleep(0.01)
 """
@@ -224,6 +233,23 @@ def test_a_dead_or_hanging_process_ends_the_others_who_name_it(tmp_path, victim,
     how = "was ended by SIGKILL" if signum == signal.SIGKILL else "is stopped"
     assert re.search(rf"process {victim} \(pid {pids[victim]}\) {how}", text), text
     assert not any(map(is_alive, pids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "victim"), [("sleep", 0), ("sleep", 1), ("native", 1)])
+def test_a_process_that_hangs_while_its_heartbeats_go_on_ends_all_and_is_named(tmp_path, mode, victim):
+    options = ["--processes", "2", "--heartbeat-seconds", "60", "--hang-seconds", "6"]
+    child = start(tmp_path, options, WORKER, mode, str(victim))
+    seen = read_until(child, r"pid 0 \d+", r"pid 1 \d+")
+    pids = dict(re.findall(r"pid (\d) (\d+)", seen))
+    begin = time.monotonic()
+    code, text = finish(child, 60)
+    assert code == 1 and time.monotonic() - begin < 25
+    behind = rf"process {victim} \(.*, pid {pids[str(victim)]}\) is behind: since [\d:]+ at loop, step 20"
+    where = "stuck in native code" if mode == "native" else r"worker\.py"
+    assert re.search(rf"\[{1 - victim}\] {behind}\n\[{1 - victim}\]  .*({where})", text), text
+    assert not re.search(rf"process {1 - victim} \(.*\) is behind", text), text
+    assert not any(is_alive(int(pid)) for pid in pids.values())
 
 
 @pytest.mark.slow

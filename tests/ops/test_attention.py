@@ -112,6 +112,34 @@ def test_memory_of_long_sequences_grows_with_their_length():
     assert long < 5 * short and long < 16384**2
 
 
+@pytest.mark.parametrize("remat", [True, False])
+def test_layers_hold_no_mask_of_all_pairs(small_blocks, remat):
+    """What is the same in all layers, the gradient of a scan computes once: masks of all blocks, unless prevented."""
+    q, k, v, _ = inputs(4, 4, jnp.float32)
+    tokens = Tokens(jnp.asarray(SEGMENTS), jnp.asarray(IN_ORDER))
+
+    def loss(w_L):
+        def layer(v, w):
+            mixed = attention(q * w, k, v, Causal(tokens, tokens), SCALE, "chunked")
+            return v + mixed, None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer) if remat else layer, v, w_L)[0])
+
+    shapes = set(_shapes(jax.make_jaxpr(jax.grad(loss))(jnp.ones(3)).jaxpr))
+    assert (B, 4, 1, 5, 5) in shapes  # a block's scores
+    assert not [shape for shape in shapes if shape[-2:] == (5, 5) and np.prod(shape) > B * 4 * 5 * 5]
+
+
+def _shapes(jaxpr):
+    """Of everything that a program computes."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for parameter in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner)
+
+
 def test_a_mask_of_all_pairs_has_no_blocks():
     q, k, v, _ = inputs(4, 2, jnp.float32)
     with pytest.raises(ValueError, match="needs `seen` as Causal"):

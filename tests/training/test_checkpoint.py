@@ -1,6 +1,8 @@
 import json
 import logging
+import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -399,3 +401,55 @@ def test_manifest_is_readable_by_people(tmp_path):
     arrays = json.loads(record["content"])["arrays"]
     assert arrays["params/w"]["shape"] == [16, 24]
     assert arrays["params/half"]["dtype"] == "bfloat16"
+
+
+HALF_DAMAGED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.distributed import barrier, ending_together, initialize
+
+initialize(start_seconds=60, shutdown_seconds=20)
+with ending_together():
+    action, *folders = sys.argv[1:]
+    mesh = jax.make_mesh((len(jax.devices()),), ("x",))
+    place = {name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in (("divided", ["x"]), ("whole", []))}
+    values = {name: np.arange(8 * 300, dtype=np.float32).reshape(8, 300) for name in place}
+    def put(step):
+        return {name: jax.make_array_from_callback((8, 300), sharding, lambda index: step * values[name][index])
+                for name, sharding in place.items()}
+
+    with Checkpointer(folders[jax.process_index()]) as checkpoints:
+        if action == "save":
+            for step in (1, 2):
+                checkpoints.save(step, put(step), {"seen": step})
+        else:
+            found = checkpoints.restore(put(0))
+            right = all(np.array_equal(shard.data, found.step * values[name][shard.index])
+                        for name, x in found.state.items() for shard in x.addressable_shards)
+            print("restored", found.step, found.extra, right)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damage", "victim"), [(_truncate, 1), (_break_manifest, 0), (_zero_fill, 1)])
+def test_a_checkpoint_that_is_damaged_for_one_process_is_taken_by_none(tmp_path, damage, victim):
+    """The processes see two folders that differ, as a network's file system may show them."""
+    (tmp_path / "worker.py").write_text(HALF_DAMAGED)
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "launch.local", "--processes", "2", "--devices", "2", "--hang-seconds", "60"]
+        command += ["--", str(tmp_path / "worker.py"), *map(str, arguments)]
+        paths = os.environ | {"PYTHONPATH": os.getcwd()}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=paths)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    folders = [tmp_path / "a", tmp_path / "b"]
+    run("save", folders[0], folders[0])
+    shutil.copytree(*folders)
+    damage(folders[victim] / "00000002")
+    said = run("restore", *folders)
+    for process in range(2):
+        assert f"[{process}] restored 1 {{'seen': 1}} True" in said, said

@@ -13,6 +13,7 @@ from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, 
 from moe_jax.data import DataError
 from moe_jax.losses.language_model import cross_entropy, next_token_targets
 from moe_jax.model.definition import Definition
+from moe_jax.presets import deepseek_v3
 from moe_jax.sharding import make_mesh, put_batch
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import init_state, make_update
@@ -170,6 +171,18 @@ def test_lambda_falls_after_its_tokens(kind):
         main, *ahead = (float(output.metrics[name].mean()) for name in ("loss_main", "loss_mtp_1", "loss_mtp_2"))
         assert min(ahead) > 0.5
         assert float(output.loss) == pytest.approx(main + coef * np.mean(ahead), rel=1e-5)
+
+
+def test_lambda_falls_after_more_tokens_than_an_int32_holds():
+    """DeepSeek-V3's 10 T: 2,543,132 steps of 960 rows of 4,096."""
+    definition = Definition.of(with_mtp(**vars(deepseek_v3().mtp)))
+
+    @jax.jit
+    def coefficient(step):
+        rows = {"step_B": jnp.full(960, step), "tokens_BS": jnp.zeros((960, 4096), jnp.int32)}
+        return make_totals(definition)({}, {}, rows | {"segment_ids_BS": rows["tokens_BS"]}, 1).mtp_loss_coef
+
+    assert [float(coefficient(step)) for step in (0, 2_540_000, 2_545_000)] == pytest.approx([0.3, 0.3, 0.1])
 
 
 def test_updates_count_the_tokens_that_lower_lambda():

@@ -1,9 +1,10 @@
-"""Sequences over the mesh's axis `context`: 20 steps of training give what one device gives.
+"""20 steps of training on any mesh give what one device gives: losses, router counts, balancing biases.
 
 B batch, S sequence.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -73,16 +74,29 @@ def train(cfg, mesh_cfg):
     return history, jax.device_get(state.rest)
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """What one device gives."""
+    return functools.cache(lambda cfg: train(cfg, MeshConfig(data=1)))
+
+
 @pytest.mark.parametrize(
     ("cfg", "mesh_cfg", "implementation"),
     [
+        (MOE, MeshConfig(data=2, fsdp=2, expert=2), "dense"),
         (MOE, MeshConfig(data=1, fsdp=2, expert=2, context=2), "chunked"),
+        (DENSE, MeshConfig(data=2, fsdp=2, tensor=2), "dense"),
         (DENSE, MeshConfig(data=1, fsdp=2, context=2, tensor=2), "dense"),
     ],
-    ids=["fsdp, expert, context; in blocks", "fsdp, context, tensor"],
+    ids=[
+        "sparse; data, fsdp, expert",
+        "sparse; fsdp, expert, context; in blocks",
+        "dense; data, fsdp, tensor",
+        "dense; fsdp, context, tensor",
+    ],
 )
-def test_twenty_steps_are_those_of_one_device(cfg, mesh_cfg, implementation, monkeypatch):
-    expected, expected_biases = train(cfg, MeshConfig(data=1))
+def test_twenty_steps_are_those_of_one_device(alone, cfg, mesh_cfg, implementation, monkeypatch):
+    expected, expected_biases = alone(cfg)
     if implementation == "chunked":
         monkeypatch.setattr(attention, "_MOST_SCORES", 0)
         monkeypatch.setattr(attention, "_BLOCK", 5)
