@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_jax.config import MeshConfig, to_dict
 from moe_jax.tools.model import ONE_DEVICE, ToolError, mendable
+
+if TYPE_CHECKING:
+    from moe_jax.interop.pretrained import Pretrained
 
 
 def convert(
@@ -46,32 +51,39 @@ def convert(
 
 
 def _export(run: Path, out: Path, phase: str | None, dtype: str | None, mesh: MeshConfig) -> None:
+    from moe_jax.interop.pretrained import save_pretrained
+
+    with mendable(), exportable(run, phase, mesh) as (title, model):
+        save_pretrained(model, out, dtype=dtype)
+    print(f"{title} → {out} ({dtype or model.config.dtype} tensors)")
+
+
+@contextmanager
+def exportable(run: Path, phase: str | None, mesh: MeshConfig) -> Iterator[tuple[str, Pretrained]]:
+    """What a run's model is called, and itself, with a tokenizer that has files as long as this lasts."""
     from moe_jax.data.tokenizer import HFTokenizer
     from moe_jax.interop.byte_tokenizer import write_byte_tokenizer
-    from moe_jax.interop.pretrained import Pretrained, save_pretrained
+    from moe_jax.interop.pretrained import Pretrained
     from moe_jax.sharding import make_mesh
     from moe_jax.training.weights import newest_phase, restore_weights, run_definition, run_tokenizer
 
-    with mendable():
-        config, definition = run_definition(run)
-        phase = newest_phase(run, phase)
-        tokenizer = run_tokenizer(run, config, definition.cfg.vocab_size)
-        weights = restore_weights(run, definition, phase, make_mesh(mesh))
-        with tempfile.TemporaryDirectory() as temporary:
-            if not isinstance(tokenizer, HFTokenizer):
-                write_byte_tokenizer(Path(temporary))
-                tokenizer = HFTokenizer(temporary)
-            generation_file = tokenizer.file.parent / "generation_config.json"
-            # A model that was trained here is drawn from; without this word checkpoints are greedy.
-            generation: dict[str, Any] = {"do_sample": True, "eos_token_id": tokenizer.eos_id}
-            if tokenizer.bos_id is not None:
-                generation["bos_token_id"] = tokenizer.bos_id
-            if generation_file.is_file():
-                generation = json.loads(generation_file.read_text(encoding="utf-8"))
-            model = Pretrained(definition, weights.params, weights.rest, tokenizer, generation)
-            save_pretrained(model, out, dtype=dtype)
-    stored = dtype or definition.cfg.dtype
-    print(f"{run}: {phase}, step {weights.step} → {out} ({stored} tensors)")
+    config, definition = run_definition(run)
+    phase = newest_phase(run, phase)
+    tokenizer = run_tokenizer(run, config, definition.cfg.vocab_size)
+    weights = restore_weights(run, definition, phase, make_mesh(mesh))
+    with tempfile.TemporaryDirectory() as temporary:
+        if not isinstance(tokenizer, HFTokenizer):
+            write_byte_tokenizer(Path(temporary))
+            tokenizer = HFTokenizer(temporary)
+        generation_file = tokenizer.file.parent / "generation_config.json"
+        # A model that was trained here is drawn from; without this word checkpoints are greedy.
+        generation: dict[str, Any] = {"do_sample": True, "eos_token_id": tokenizer.eos_id}
+        if tokenizer.bos_id is not None:
+            generation["bos_token_id"] = tokenizer.bos_id
+        if generation_file.is_file():
+            generation = json.loads(generation_file.read_text(encoding="utf-8"))
+        model = Pretrained(definition, weights.params, weights.rest, tokenizer, generation)
+        yield f"{run}: {phase}, step {weights.step}", model
 
 
 def _import(checkpoint: str, run_dir: Path, mesh: MeshConfig) -> None:
