@@ -185,4 +185,5 @@ class MoE(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BSD += self.shared(x_BSD)
-        return y_BSD, router_stats(routed, valid_BS, dropped_BS, self.cfg)
+        with jax.named_scope("router"):
+            return y_BSD, router_stats(routed, valid_BS, dropped_BS, self.cfg)
