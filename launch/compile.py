@@ -2,15 +2,29 @@
 
     pip install -e '.[tpu]'
     python -m launch.compile --preset deepseek_v3 --topology v5p:4x8x16 --mesh.fsdp 16 --mesh.expert 8 \\
-        --mesh.tensor 4 --batch 128 [--search] [--decode --context 8192] [--json]
+        --mesh.tensor 4 --batch 128 [--search] [--decode --context 8192] [--precision fp8] [--json]
 
-No weight is made: XLA's compiler for TPUs works on shapes and shardings. From it come the bytes of a device's memory
-and the collectives (kinds, bytes, mesh axes; loops counted as often as they run). FLOPs and HBM traffic are counted
-from the configuration, since XLA counts the body of a loop once and ragged products at the size of their buffers.
+No weight is made: XLA's compiler for TPUs works on shapes and shardings. From it come the bytes of a device's memory,
+the collectives (kinds, bytes, mesh axes; loops counted as often as they run), and the matrix products with the types of
+their operands. FLOPs and HBM traffic are counted from the configuration, since XLA counts the body of a loop once and
+ragged products at the size of their buffers.
 
 Seen (`--preset deepseek_v2_lite --topology v5p:2x2x1 --mesh.fsdp 4 --batch 4`): 79.5 of 102.0 GB a chip, 0.471 s a step
 bound by the interconnect, a roofline's MFU of 31.1 %. MaxText publishes 29.4 % for this model and slice: measured, with
 overlap and kernels, where ours is what no machine reaches.
+
+With --precision fp8 on tpu7x, or int8 on v6e, all products of blocks' matrices are of f8e4m3fn or s8 operands in the
+compiled program (libtpu 0.0.42): linear maps and experts, forward, again under remat, and both gradients. XLA turns
+none into bfloat16. What that gains of a training step's roofline (launch.estimate with these flags, --seq 4096):
+
+    --preset        --topology    --mesh …; --batch          computing, s   step, s (bound by)
+    llama_3_1_8b    tpu7x:2x2x1   fsdp 8; 32                 .990 → .593    .990 (compute) → .678 (HBM)
+    llama_3_1_8b    v6e:4x4       fsdp 16; 32                .622 → .373    .783 (HBM), both
+    llama_3_1_405b  tpu7x:8x8x8   fsdp 1024; 1024            12.0 → 6.31    12.0 (compute) → 10.3 (interconnect)
+    deepseek_v3     tpu7x:8x8x8   fsdp 128, expert 8; 2048   2.84 → 1.81    5.99 (interconnect), both
+
+Weights and tokens travel in bfloat16 in any case. With blocks of 128 (the default) a product is a loop that adds up
+float32 sums; their traffic is not in the roofline. --model.quantization-block 0 has one product without a loop.
 """
 
 from __future__ import annotations
@@ -229,6 +243,7 @@ def plan(config: Config) -> dict[str, Any]:
     }
     if not compiled.fits:
         return figures
+    figures |= _products(compiled.hlo)
     found = hlo.collectives(compiled.hlo, sizes)
     work = estimate.workload_of(config, sizes, figures["batch"])
     # Ragged exchanges send what the routing gives; buffers are that many times an even load.
@@ -246,6 +261,30 @@ def plan(config: Config) -> dict[str, Any]:
         dataclasses.asdict(item) | {"total_bytes": item.num_bytes * item.count} for item in largest
     ]
     return figures | estimate.time_and_money(config, hardware, work, sizes)
+
+
+_PLACES = ("attention", "attention_scores", "attention_blocks", "attention_blocks_gradient", "ffn", "router")
+_PLACES += ("experts", "shared_experts", "token_logprobs", "token_logprobs_gradient", "optimizer")
+
+
+def _products(text: str) -> dict[str, Any]:
+    """A device's matrix products by their place in the model and the types of their operands, most FLOPs first, and the
+    share of all FLOPs whose operands have 8 bits."""
+    from moe_jax.analysis import hlo
+
+    counts: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+    found = hlo.products(text)
+    for product in found:
+        place = "/".join(dict.fromkeys(re.findall(rf"\b({'|'.join(_PLACES)})\b", product.op_name))) or "elsewhere"
+        total = counts[place, " x ".join(product.operands)]
+        total[0] += product.count
+        total[1] += product.count * product.flops
+    rows = [
+        {"place": place, "operands": operands, "count": int(count), "flops": flops}
+        for (place, operands), (count, flops) in sorted(counts.items(), key=lambda item: -item[1][1])
+    ]
+    narrow = sum(product.count * product.flops for product in found if product.is_8_bit)
+    return {"products": rows, "flops_share_in_8_bits": narrow / max(sum(row["flops"] for row in rows), 1)}
 
 
 def candidates(config: Config) -> Iterator[tuple[Config, dict[str, Any]]]:
@@ -294,6 +333,10 @@ def report(figures: dict[str, Any], config: Config) -> str:
         axes = "+".join(item["axes"])
         by_place[f"{item['kind']} {axes} {item['shape']} x {item['count']}: {item['op_name']}"] += item["total_bytes"]
     lines += [f"  {size / 1e9:8.2f} GB  {place}" for place, size in by_place.items()]
+    if figures.get("products"):
+        lines.append(f"matrix products of a device: {100 * figures['flops_share_in_8_bits']:.1f} % of FLOPs in 8 bits")
+    for row in figures.get("products", []):
+        lines.append(f"  {row['flops'] / 1e9:12.3f} GFLOP  {row['count']:6d}  {row['operands']}  {row['place']}")
     lines.append(
         f"compiled in {figures['compile_seconds']:.0f} s; estimated without compiling:"
         f" {figures['estimated_bytes_per_chip'] / 1e9:.1f} GB a chip"

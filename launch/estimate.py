@@ -17,10 +17,10 @@ import itertools
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moe_jax.analysis import cost
-from moe_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig
+from moe_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig, at_precision
 from moe_jax.presets import deepseek_v3, get
 
 
@@ -56,6 +56,8 @@ class Config:
     """Print JSON."""
     compare: bool = False
     """Print the bills of DeepSeek-V3, Llama 3.1 405B and a dense model of GPT-4's rumoured size, and nothing else."""
+    precision: Literal["model", "bf16", "fp8", "int8"] = "model"
+    """Arithmetic of the blocks' matrices, as `train.precision` of an experiment."""
     model: ModelConfig = field(default_factory=deepseek_v3)
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
@@ -79,7 +81,8 @@ def parse(config: type, arguments: list[str], description: str | None) -> Any:
     given += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
     preset = given[-1] if given else config.preset
     model = dataclasses.replace(get(preset), dtype="bfloat16", remat="block")
-    return tyro.cli(config, default=config(preset=preset, model=model), args=arguments, description=description)
+    parsed = tyro.cli(config, default=config(preset=preset, model=model), args=arguments, description=description)
+    return dataclasses.replace(parsed, model=at_precision(parsed.model, parsed.precision))
 
 
 def hardware_of(config: Config) -> cost.Hardware:

@@ -16,10 +16,11 @@ from moe_jax.tools.evaluate import evaluate
 from moe_jax.tools.generate import generate
 from moe_jax.tools.inspect_routing import inspect_routing
 from moe_jax.tools.model import ToolError
+from moe_jax.tools.quantize import quantize
 from moe_jax.tools.rollouts import rollouts
 
 app = tyro.extras.SubcommandApp()
-for tool in (generate, evaluate, convert, inspect_routing, rollouts):
+for tool in (generate, evaluate, convert, quantize, inspect_routing, rollouts):
     app.command(tool)
 benchmark = app.command(tyro.extras.SubcommandApp(), name="benchmark", help="Measures speed on this machine.")
 benchmark.command(name="moe")(benchmark_moe)

@@ -1,4 +1,5 @@
-"""Which collectives a compiled program runs, over which mesh axes, how often: read from XLA's text.
+"""Which collectives and matrix products a compiled program runs, how often, over which mesh axes and of which types:
+read from XLA's text.
 
 XLA's own cost analysis counts the body of a loop once; here it counts as often as the loop runs. Branches of
 conditionals are not counted: here they are rounds of dispatch that an even load skips.
@@ -21,6 +22,29 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computation|async_execution_thread_calls)=%?([\w.-]+)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
+
+
+_PRODUCT = re.compile(
+    r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\w+\[[\d,]*\])\S* (?P<kind>convolution|dot|custom-call)\((?P<operands>[^)]*)\)"
+)
+_RESULT = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\w+\[[\d,]*\])", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class HloProduct:
+    """A product of two matrices, or of stacks of them."""
+
+    operands: tuple[str, str]
+    """Element types of the two: bf16, f8e4m3fn, s8, …"""
+    flops: int
+    """Of a device, once."""
+    count: int
+    """Times in a run of the program."""
+    op_name: str
+
+    @property
+    def is_8_bit(self) -> bool:
+        return all(kind in ("s8", "u8") or kind.startswith("f8") for kind in self.operands)
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,49 @@ def collectives(hlo: str, sizes: Mapping[str, int]) -> list[HloCollective]:
                 )
             )
     return found
+
+
+def products(hlo: str) -> list[HloProduct]:
+    """The matrix products of a compiled module's text, whose TPU form is a convolution; also those of ragged dots."""
+    types = {match["name"]: match["type"] for match in _RESULT.finditer(hlo)}
+    found = []
+    for _, lines, count in _executed(_computations(hlo)):
+        for line in lines:
+            match = _PRODUCT.match(line)
+            if match is None:
+                continue
+            name = re.search(r'op_name="([^"]*)"', line)
+            op_name = name[1] if name else ""
+            operands = [types.get(name, "") for name in re.findall(r"%?([\w.-]+)(?:,|$)", match["operands"])]
+            if match["kind"] == "custom-call":
+                # Sizes of groups and the like are integers; the two matrices come last.
+                operands = [kind for kind in operands if kind and not kind.startswith(("s32", "u32", "pred"))][-2:]
+                if "ragged_dot" not in op_name or len(operands) < 2:
+                    continue
+            sizes = [_sizes(kind) for kind in (match["type"], *operands[:2])]
+            flops = 2 * math.prod(sizes[0]) * _contracted(match["kind"], line, *sizes)
+            pair = operands[0].split("[")[0], operands[1].split("[")[0]
+            found.append(HloProduct(pair, flops, count, op_name))
+    return found
+
+
+def _sizes(type_text: str) -> list[int]:
+    return [int(n) for n in type_text.partition("[")[2].rstrip("]").split(",") if n]
+
+
+def _contracted(kind: str, line: str, result: list[int], a: list[int], b: list[int]) -> int:
+    """How many numbers each one of the result is the sum of."""
+    if kind == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
+        return math.prod(a[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+    if kind == "custom-call":
+        return a[-1] if len(result) == 2 else a[0]
+    labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", line)
+    assert labels is not None
+    kernel, output = dict(zip(labels[1], b, strict=True)), dict(zip(labels[2], result, strict=True))
+    # A spatial dimension of the kernel is a second contracted one, unless the result has it too: then it is a batch.
+    windows = (size for label, size in kernel.items() if label.isdigit() and output.get(label, 1) == 1)
+    return kernel.get("i", 1) * math.prod(windows)
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:

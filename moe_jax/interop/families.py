@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from moe_jax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig, MTPConfig, RoPEConfig
-from moe_jax.interop.fp8 import QUANTIZATION_CONFIG
+from moe_jax.interop.low_bits import inputs_format
 from moe_jax.interop.tensor_names import EXPERTS, FUSED_EXPERTS, MIXTRAL_EXPERTS, Rows
 
 Json = Mapping[str, Any]
@@ -313,7 +313,7 @@ def _model_config(config: Json, family: Family) -> ModelConfig:
                 f"{name} = {value!r} is not understood for {family.model_type}: if it does not change what the model"
                 " computes, remove it from the file"
             )
-    _check_quantization(_object("quantization_config", config.get("quantization_config")))
+    inputs_format(_object("quantization_config", config.get("quantization_config")))
     flat["dtype"] = _chosen("torch_dtype", config.get("dtype") or config.get("torch_dtype"), _DTYPES)
     is_mla = flat["attention.kind"] == "mla"
     flat |= {f"attention.rope.{name}": value for name, value in _rope(config, is_mla, family).items()}
@@ -362,16 +362,6 @@ def _chosen(name: str, value: Any, options: Mapping[Any, Any]) -> Any:
     if value not in list(options):
         raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(map(str, options))}")
     return options[value]
-
-
-def _check_quantization(quantization: Json) -> None:
-    for name, value in quantization.items():
-        # scale_fmt (V3.1) says how scales were rounded when written, which their values show.
-        if name != "scale_fmt" and value != QUANTIZATION_CONFIG.get(name):
-            raise ConfigError(
-                f"quantization_config.{name} = {value!r}: only DeepSeek-V3's FP8 is understood, {QUANTIZATION_CONFIG};"
-                " convert the checkpoint to bfloat16"
-            )
 
 
 def _rope(config: Json, is_mla: bool, family: Family) -> dict[str, Any]:

@@ -5,8 +5,6 @@
 Shapes: R rows, C columns; P = ceil(R / block), Q = ceil(C / block) blocks; leading axes (stacked experts) are kept.
 """
 
-import re
-
 import ml_dtypes
 import numpy as np
 
@@ -23,14 +21,6 @@ QUANTIZATION_CONFIG = {  # config.json's `quantization_config` of a model with s
 
 # Looking all 256 numbers up is more than twice as fast as NumPy's cast.
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
-
-# Norms, router, embeddings and head stay as they are. So does the MTP module's eh_proj: that is unverified.
-_QUANTIZED = re.compile(r"\.(?!eh_proj\.)(\w+_proj|kv_a_proj_with_mqa)\.weight$")
-
-
-def is_quantized_in_deepseek_v3(name: str) -> bool:
-    """Whether DeepSeek-V3's checkpoint holds the tensor of this Hugging Face name in FP8."""
-    return _QUANTIZED.search(name) is not None
 
 
 def scale_shape(shape: tuple[int, ...], block: int = BLOCK) -> tuple[int, ...]:

@@ -5,19 +5,24 @@ B, S and the letters of axes are those of `tensor_names`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from moe_jax.interop.tensor_names import Entry
+from moe_jax.interop.low_bits import Form
+from moe_jax.interop.tensor_names import Entry, dimensions
 from moe_jax.interop.weight_files import WeightFiles
+from moe_jax.ops.quantization import Format, Quantized
+from moe_jax.sharding import partition_spec
 
 
 def placed(
@@ -65,6 +70,64 @@ def placed(
                 jax.block_until_ready(parts[device])  # or pieces would queue up for their transfer
     arrays = [jax.device_put(part, device) for device, part in parts.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+class _Part(NamedTuple):
+    """The values or the scales of weights in low bits as if they were the tensors."""
+
+    files: WeightFiles
+    part: Literal["values", "scales"]
+
+    def read(self, name: str) -> np.ndarray:
+        return getattr(self.files.packed(name), self.part)
+
+
+def packed_form(entries: Sequence[Entry], files: WeightFiles) -> Form | None:
+    """The form of an array whose tensors are all in the same low bits; None for others."""
+    forms = {files.form(entry.tensor) for entry in entries}
+    return forms.pop() if len(forms) == 1 else None
+
+
+def placed_packed(
+    entries: Sequence[Entry],
+    files: WeightFiles,
+    variable: nnx.Variable,
+    mesh: Mesh | None,
+    form: Form,
+    inputs: Format | None,
+) -> Quantized:
+    """The array [*stack, *inputs, *outputs] that these tensors make up, packed: [*stack, *outputs, D].
+
+    On a mesh, stacks of experts are divided over them; every device has all of the rest.
+    """
+    format, group, columns = form
+    roles = variable.get_metadata("roles")
+    axes = [axis if axis == "expert" else None for axis in variable.get_metadata("axes")]
+    axes = [axis for axis, role in zip(axes, roles, strict=True) if role != "i"] + [None]
+    outer = len(variable.shape) - len(roles)
+    kept = [size for size, role in zip(variable.shape, "b" * outer + roles, strict=True) if role != "i"]
+    entries = [_with_one_input_axis(entry, roles) for entry in entries]
+
+    def of(part: Literal["values", "scales"], dtype: str, width: int) -> Array:
+        shape = (*kept, width)
+        sharding = NamedSharding(mesh, partition_spec(axes, shape, mesh)) if mesh else None
+        place = sharding or SingleDeviceSharding(jax.local_devices()[0])
+        return placed(entries, cast(WeightFiles, _Part(files, part)), shape, place, dtype)
+
+    width = -(-columns // 2) if format == "int4" else columns
+    values = of("values", "int8" if format == "int8" else "uint8", width)
+    return Quantized(values, of("scales", "float32", -(-columns // group)), format, (1, group), columns, inputs)
+
+
+def _with_one_input_axis(entry: Entry, roles: str) -> Entry:
+    """The entry with all inputs as one axis I, the last one of both sides."""
+    roles = "b" * (len(entry.ours) - len(roles)) + roles
+    inputs = {axis for axis, role in zip(entry.ours, roles, strict=True) if role == "i"}
+    kept = [(axis, place) for axis, place, role in zip(entry.ours, entry.place, roles, strict=True) if role != "i"]
+    outputs = [axes for axes in dimensions(entry.theirs) if axes[0] not in inputs]
+    theirs = "".join(f"({axes})" if len(axes) > 1 else axes for axes in outputs)
+    ours, places = "".join(axis for axis, _ in kept) + "I", (*(place for _, place in kept), None)
+    return dataclasses.replace(entry, theirs=theirs + "I", ours=ours, place=places)
 
 
 def _aligned(shape: list[int], dtype: str) -> np.ndarray:

@@ -10,13 +10,14 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -26,11 +27,12 @@ from moe_jax.config import ConfigError, ModelConfig, MTPConfig
 from moe_jax.data.tiktoken_files import TIKTOKEN_FILE
 from moe_jax.data.tokenizer import HFTokenizer, Tokenizer, tokenizer_file
 from moe_jax.interop.families import HARMLESS, Family, read_model_config, write_config
-from moe_jax.interop.fp8 import QUANTIZATION_CONFIG, is_quantized_in_deepseek_v3
-from moe_jax.interop.placement import extracted, placed
+from moe_jax.interop.low_bits import Form, LowBits, config_entry, encoded, group_size, inputs_format
+from moe_jax.interop.placement import extracted, packed_form, placed, placed_packed
 from moe_jax.interop.tensor_names import Entry, chosen_layout, entries
-from moe_jax.interop.weight_files import CheckpointFilesError, WeightFiles, write_folder
+from moe_jax.interop.weight_files import CheckpointFilesError, Encode, WeightFiles, write_folder
 from moe_jax.model.definition import Arrays, Definition
+from moe_jax.ops.quantization import Quantized
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -49,7 +51,7 @@ class Pretrained:
 
     definition: Definition
     params: Arrays
-    """Trained arrays by name, float32 unless `load_pretrained` was given a dtype."""
+    """Trained arrays by name, float32 unless `load_pretrained` was given a dtype; packed ones are `Quantized`."""
     rest: Arrays
     """Router biases, float32."""
     tokenizer: Tokenizer | None = None
@@ -77,12 +79,17 @@ class Pretrained:
 
 
 def load_pretrained(
-    path_or_repo: str | Path, mesh: Mesh | None = None, dtype: str | None = None, *, verify: bool = True
+    path_or_repo: str | Path,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    *,
+    packed: bool = False,
+    verify: bool = True,
 ) -> Pretrained:
     """Loads a Hugging Face folder, or the repository `org/name` from the hub (extra `hub`).
 
     Tensors are read from the memory-mapped files one by one and written into the arrays on their devices, each device's
-    part alone. Beyond the arrays themselves no more is held than one tensor of the checkpoint (of FP8 ones, in
+    part alone. Beyond the arrays themselves no more is held than one tensor of the checkpoint (of those in low bits, in
     float32), so that host memory does not depend on the model's size where devices have their own.
 
     Args:
@@ -91,6 +98,8 @@ def load_pretrained(
         dtype: None: arrays float32, which training needs, and arithmetic (`config.dtype`) as the checkpoint's
             `torch_dtype` says, float16 becoming float32. "bfloat16" or "float32": both arrays and arithmetic, e.g.
             "bfloat16" for inference with DeepSeek-V3 in 1.3 TB. Router biases are float32 in any case.
+        packed: keep weights that the files hold in 8 or 4 bits in these bits, for inference (`ops.packed_matmul`):
+            DeepSeek-V3's FP8 in 0.7 TB. They become floats where they are used. On a mesh only experts are divided.
         verify: compare the weights' files with the folder's `SHA256SUMS` first, if it has them, as exports of
             `save_pretrained` do. Without, a changed byte in a tensor cannot be noticed.
 
@@ -118,13 +127,30 @@ def load_pretrained(
     params, rest = definition.shardings(mesh) if mesh else ({}, {})
     here = SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
+    forms = _packed_forms(by_array, files, definition) if packed else {}
+    inputs = inputs_format(_read_json(folder / "config.json").get("quantization_config") or {})
     for name, variable in definition.variables.items():
+        if name in forms:
+            arrays[name] = placed_packed(by_array[name], files, variable, mesh, forms[name], inputs)
+            continue
         is_param = isinstance(variable, nnx.Param)
         sharding = (params if is_param else rest).get(name, here)
         stored = dtype if dtype and is_param else "float32"
         arrays[name] = placed(by_array[name], files, variable.shape, sharding, stored)
     params = {name: arrays.pop(name) for name in definition.param_names}
     return Pretrained(definition, params, arrays, tokenizer, generation, folder)
+
+
+def _packed_forms(by_array: Mapping[str, list[Entry]], files: WeightFiles, definition: Definition) -> dict[str, Form]:
+    """The arrays that can stay packed, and their forms: matrices of blocks; of experts both or neither."""
+    forms = {}
+    for name, variable in definition.variables.items():
+        form = packed_form(by_array[name], files) if variable.get_metadata().get("roles") else None
+        if form is not None:
+            forms[name] = form
+    pairs = [(f"{stack}.gate_up_ED2F", f"{stack}.down_EFD") for stack in {name.rpartition(".")[0] for name in forms}]
+    alone = {name for pair in pairs for name in pair if not set(pair) <= forms.keys()}
+    return {name: form for name, form in forms.items() if name not in alone}
 
 
 def read_config(path_or_repo: str | Path) -> tuple[Path, ModelConfig]:
@@ -241,7 +267,7 @@ def save_pretrained(
     path: str | Path,
     *,
     dtype: str | None = None,
-    fp8: bool = False,
+    low_bits: LowBits | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a Hugging Face folder that transformers loads: all of it or nothing, one tensor in memory at a time.
@@ -257,14 +283,18 @@ def save_pretrained(
         model: weights may lie on a mesh.
         path: must not exist yet, or be empty.
         dtype: "float32" or "bfloat16" tensors; None: as `model.config.dtype`. Router biases are float32 in any case.
-        fp8: store matrices as DeepSeek-V3's block-scaled FP8 (`fp8.is_quantized_in_deepseek_v3`). transformers 5.23
-            reads it where the matrices' sides are up to 128 or multiples of it.
+        low_bits: store matrices of blocks in 8 or 4 bits (`interop.low_bits`); norms, routers, embeddings, head and the
+            prediction modules' eh_proj stay as they are, as in DeepSeek-V3's release. transformers 5.23 reads FP8 where
+            the matrices' sides are up to 128 or multiples of it.
         max_shard_bytes: size of a safetensors file.
 
     Raises:
         ConfigError: no family of Hugging Face's computes what the model does.
-        CheckpointFilesError: the folder is not empty, the disk is full.
+        CheckpointFilesError: the folder is not empty, the disk is full; with `low_bits`, a weight is NaN or infinite.
+        ValueError: the model's weights are packed: quantising again would add to the error.
     """
+    if any(isinstance(array, Quantized) for array in model.params.values()):
+        raise ValueError("the model's weights are packed: load it without `packed`")
     dtype = dtype or model.config.dtype
     original = _read_json(model.folder / "config.json") if model.folder else {}
     config, family = write_config(model.config, original.get("model_type"))
@@ -274,8 +304,9 @@ def save_pretrained(
     for name in ("dtype", "_name_or_path", "transformers_version", "auto_map"):
         kept.pop(name, None)
     config = {**kept, **config, "torch_dtype": dtype}
-    if fp8:
-        config["quantization_config"] = QUANTIZATION_CONFIG
+    encode = None
+    if low_bits is not None:
+        encode, config["quantization_config"] = _encoding(model.definition, family, low_bits, dtype)
 
     arrays = {**model.params, **model.rest}
 
@@ -289,11 +320,30 @@ def save_pretrained(
         files["generation_config.json"] = json.dumps(model.generation, indent=2) + "\n"
     if isinstance(model.tokenizer, HFTokenizer):
         files |= _tokenizer_files(model.tokenizer)
-    is_quantized = is_quantized_in_deepseek_v3 if fp8 else None
     gathered = tensors()
     with _written_by_the_first(path, gathered) as is_first:
         if is_first:
-            write_folder(path, gathered, files, max_shard_bytes=max_shard_bytes, fp8=is_quantized)
+            write_folder(path, gathered, files, max_shard_bytes=max_shard_bytes, encode=encode)
+
+
+def _encoding(definition: Definition, family: Family, low_bits: LowBits, dtype: str) -> tuple[Encode, dict[str, Any]]:
+    """How tensors are stored, and config.json's entry about it."""
+    columns = {}
+    for entry in entries(definition.cfg, family.layouts[0]):
+        variable = definition.variables[entry.array]
+        # DeepSeek's README says which weights are in FP8; of eh_proj it is not known.
+        if variable.get_metadata().get("roles") and not entry.tensor.endswith("eh_proj.weight") and not entry.is_copy:
+            columns[entry.tensor] = entry.tensor_shape(variable.shape)[-1]
+    group = group_size(low_bits, set(columns.values()))
+
+    def encode(name: str, tensor: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+        if name in columns:
+            return encoded(name, tensor, low_bits, group, jnp.dtype(dtype))
+        if not np.isfinite(tensor).all():
+            raise ValueError("NaN or infinite weights: there is no model to quantise")
+        return [(name, tensor)]
+
+    return encode, config_entry(low_bits, group)
 
 
 @contextmanager

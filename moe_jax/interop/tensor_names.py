@@ -133,12 +133,12 @@ class Entry:
 
     def tensor_shape(self, array_shape: tuple[int, ...]) -> tuple[int, ...]:
         sizes = self.sizes(array_shape)
-        return tuple(math.prod(sizes[axis] for axis in merged) for merged in _dimensions(self.theirs))
+        return tuple(math.prod(sizes[axis] for axis in merged) for merged in dimensions(self.theirs))
 
     @property
     def split_axes(self) -> str:
         """The tensor's axes after its merged dimensions were split."""
-        return "".join(_dimensions(self.theirs))
+        return "".join(dimensions(self.theirs))
 
     @property
     def whole_axes(self) -> str:
@@ -146,7 +146,8 @@ class Entry:
         return "".join(filter(str.isupper, self.ours))
 
 
-def _dimensions(axes: str) -> list[str]:
+def dimensions(axes: str) -> list[str]:
+    """The axes of each dimension: of "(HW)D" HW and D."""
     return [merged or single for merged, single in re.findall(r"\((\w+)\)|(\w)", axes)]
 
 

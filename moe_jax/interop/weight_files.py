@@ -18,14 +18,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from moe_jax.interop.fp8 import FP8, SCALE_SUFFIX, dequantize_blocks, quantize_blocks, scale_shape
+from moe_jax.interop.fp8 import FP8
+from moe_jax.interop.low_bits import Form, Packed, sources
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,6 +50,7 @@ _DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+Encode = Callable[[str, np.ndarray], Iterable[tuple[str, np.ndarray]]]
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _CHUNK_BYTES = 16 * 2**20
@@ -66,8 +68,8 @@ class WeightFiles:
     Opening reads the headers alone and checks that every file is whole and agrees with the index. Reading gives
     memory-mapped views; pages are loaded when touched and the system may drop them again.
 
-    FP8 weights (`X` of type F8_E4M3 with `X_scale_inv` beside it, `moe_jax.interop.fp8`) are read as float32 weights;
-    their scales have no name here. Raises CheckpointFilesError.
+    Weights in 8 or 4 bits (`moe_jax.interop.low_bits`) are read as float32, or as they are kept in memory. They have
+    the weight's name, and their parts none. Raises CheckpointFilesError.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -88,32 +90,50 @@ class WeightFiles:
                     f"{self.folder / INDEX}: says that tensor {name!r} is in {shard}, which does not hold it; "
                     "the index and the shards are of different downloads or exports: fetch both again"
                 )
-        self._scales = {n: self._tensors[n + SCALE_SUFFIX] for n in self._tensors if n + SCALE_SUFFIX in self._tensors}
-        self._check_scales()
+        try:
+            self._low_bits, self._parts = sources(self._tensors)
+        except ValueError as error:
+            raise CheckpointFilesError(f"{self.folder}: {error}") from error
 
     @property
     def names(self) -> tuple[str, ...]:
         """All tensors, in the order of the files."""
-        scales = {name + SCALE_SUFFIX for name in self._scales}
-        return tuple(name for name in self._tensors if name not in scales)
+        whole = (name for name in self._tensors if name not in self._parts)
+        return tuple(dict.fromkeys([*whole, *self._low_bits]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensor(name).shape
+        return self._low_bits[name].shape if name in self._low_bits else self._tensor(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The type that `read` gives (float32 for FP8 weights)."""
-        dtype = self._tensor(name).dtype
-        return np.dtype(np.float32) if name in self._scales else dtype
+        """The type that `read` gives (float32 for weights in low bits)."""
+        return np.dtype(np.float32) if name in self._low_bits else self._tensor(name).dtype
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or its part `index` (one slice per axis; axes left out are whole).
 
-        A read-only view of the file, without a copy; of an FP8 weight, a new float32 array of just that part.
+        A read-only view of the file, without a copy; of a weight in low bits a new float32 array, of FP8 of just that
+        part.
         """
-        tensor = self._tensor(name)
-        if name in self._scales:
-            return dequantize_blocks(tensor, self._scales[name], index)
-        return tensor[index]
+        if name not in self._low_bits:
+            return self._tensor(name)[index]
+        with self._naming(name):
+            return self._low_bits[name].read(index)
+
+    def form(self, name: str) -> Form | None:
+        """That of a weight in low bits; None for other tensors."""
+        return self._low_bits[name].form if name in self._low_bits else None
+
+    def packed(self, name: str) -> Packed:
+        """A weight in low bits as it is kept in memory."""
+        with self._naming(name):
+            return self._low_bits[name].packed()
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise CheckpointFilesError(f"{self.folder}: tensor {name!r}: {error}; {_AGAIN}") from error
 
     def verify(self, suffix: str = "") -> tuple[str, ...]:
         """Compares files with `SHA256SUMS`, all or those whose names end so, and returns the names compared: none when
@@ -140,21 +160,6 @@ class WeightFiles:
         if name not in self._tensors:
             raise CheckpointFilesError(f"{self.folder}: no tensor {name!r} in its safetensors files")
         return self._tensors[name]
-
-    def _check_scales(self) -> None:
-        for name, tensor in self._tensors.items():
-            if tensor.dtype != FP8:
-                continue
-            if name not in self._scales:
-                raise CheckpointFilesError(
-                    f"{self.folder}: FP8 tensor {name!r} has no {name + SCALE_SUFFIX!r}; only DeepSeek's block-scaled "
-                    "FP8 is understood: convert the checkpoint to bfloat16"
-                )
-            if tensor.ndim < 2 or self._scales[name].shape != scale_shape(tensor.shape):
-                raise CheckpointFilesError(
-                    f"{self.folder}: {name + SCALE_SUFFIX!r} has shape {self._scales[name].shape}, which is not one "
-                    f"scale per 128 x 128 block of {tensor.shape}: convert the checkpoint to bfloat16"
-                )
 
 
 def _find_shards(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -268,13 +273,13 @@ def write_folder(
     files: Mapping[str, str | bytes],
     *,
     max_shard_bytes: int = 5_000_000_000,
-    fp8: Callable[[str], bool] | None = None,
+    encode: Encode | None = None,
 ) -> None:
     """Writes tensors and other files (name → content) as a Hugging Face folder, all of it or nothing.
 
     Tensors are taken one at a time and may be lazily made. They go to `model.safetensors`, or to
-    `model-00001-of-0000N.safetensors` and an index once they exceed `max_shard_bytes`. Tensors whose name `fp8` accepts
-    (`moe_jax.interop.fp8.is_quantized_in_deepseek_v3`) are quantised by blocks.
+    `model-00001-of-0000N.safetensors` and an index once they exceed `max_shard_bytes`. With `encode`, what it makes of
+    each name and tensor is written; its ValueErrors are given the tensor's name.
 
     The work is done in a folder of its own beside it, `<folder>.*.partial`, which takes the final name last and is
     removed when the export fails; the next export removes what a killed one left. Of several exports to one folder the
@@ -288,7 +293,7 @@ def write_folder(
     _remove_abandoned(folder)
     partial, lock = _own_folder(folder)
     try:
-        sums = _write_shards(partial, _stored(tensors, fp8), max_shard_bytes)
+        sums = _write_shards(partial, _stored(tensors, encode), max_shard_bytes)
         for name, content in files.items():
             sums[name] = _write_file(partial / name, content)
         _write_file(partial / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
@@ -343,18 +348,16 @@ def _remove_abandoned(folder: Path) -> None:
             os.close(lock)
 
 
-def _stored(
-    tensors: Iterable[tuple[str, np.ndarray]], fp8: Callable[[str], bool] | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors as they are stored: those that `fp8` accepts as values and scales."""
+def _stored(tensors: Iterable[tuple[str, np.ndarray]], encode: Encode | None) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors as they are stored."""
     for name, tensor in tensors:
-        if fp8 is not None and fp8(name):
+        if encode is None:
+            yield name, tensor
+        else:
             try:
-                tensor, scale_inv = quantize_blocks(tensor)
+                yield from encode(name, tensor)
             except ValueError as error:
                 raise CheckpointFilesError(f"tensor {name!r}: {error}") from error
-            yield name + SCALE_SUFFIX, scale_inv
-        yield name, tensor
         del tensor  # else it would live on while the next one is made
 
 

@@ -17,8 +17,9 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, linear, yarn_mscale
+from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, in_floats, linear, yarn_mscale
 from moe_jax.ops.attention import Causal, Tokens, attention
+from moe_jax.ops.quantization import Quantized
 from moe_jax.sharding import by_queries
 
 
@@ -61,14 +62,11 @@ class MLA(nnx.Module):
         self.scale = (N + R) ** -0.5 * m * m
 
     def absorb(self) -> None:
-        """Keeps the expansion's two halves as decoding reads them: cutting and turning them at each step costs more."""
-        self.absorbed = nnx.data(self._absorbed())
-
-    def _absorbed(self) -> tuple[Array, Array]:
-        """What the query absorbs, [H, N, C], and what the output does, [H, C, V]."""
-        expand_HCN = jnp.moveaxis(self.key_value_b_CHN[...], 1, 0)
-        key_HCN, value_HCV = jnp.split(expand_HCN, [self.cfg.qk_nope_head_dim], axis=-1)
-        return key_HCN.swapaxes(1, 2), value_HCV
+        """Keeps the expansion's two halves as decoding reads them: cutting and turning them at each step costs more.
+        A packed one stays packed."""
+        expand_CHN = self.key_value_b_CHN[...]
+        if not isinstance(expand_CHN, Quantized):
+            self.absorbed = nnx.data(_absorbed(expand_CHN, self.cfg))
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
         compressed = linear(x_BSD, self.key_value_a_DC)
@@ -94,7 +92,8 @@ class MLA(nnx.Module):
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
         latent_BTC, key_BTR = entries
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
-        key_HNC, value_HCV = (half.astype(x_BSD.dtype) for half in self.absorbed or self._absorbed())
+        halves = self.absorbed or _absorbed(in_floats(self.key_value_b_CHN, x_BSD), self.cfg)
+        key_HNC, value_HCV = (half.astype(x_BSD.dtype) for half in halves)
         query_BSHC = jnp.einsum("BSHN,HNC->BSHC", query_BSHN, key_HNC)
         query = jnp.concatenate([query_BSHC, query_BSHR], axis=-1)
         key = jnp.concatenate([latent_BTC, key_BTR], axis=-1)[:, :, None]
@@ -110,6 +109,12 @@ class MLA(nnx.Module):
 
     def _output(self, mixed_BSHV: Array) -> Array:
         return linear(mixed_BSHV, self.output_HVD)
+
+
+def _absorbed(expand_CHN: Array, cfg: AttentionConfig) -> tuple[Array, Array]:
+    """What the query absorbs of the expansion, [H, N, C], and what the output does, [H, C, V]."""
+    key_HCN, value_HCV = jnp.split(jnp.moveaxis(expand_CHN, 1, 0), [cfg.qk_nope_head_dim], axis=-1)
+    return key_HCN.swapaxes(1, 2), value_HCV
 
 
 class GQA(nnx.Module):

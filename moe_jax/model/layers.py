@@ -15,7 +15,8 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig, RoPEConfig
-from moe_jax.ops.quantization import rounded
+from moe_jax.ops.packed_matmul import packed_matmul, unpacked
+from moe_jax.ops.quantization import Quantized, rounded
 from moe_jax.ops.quantized_matmul import Recipe, low_precision_matmul
 from moe_jax.ops.row_product import row_product
 from moe_jax.sharding import on_weight_shards
@@ -62,9 +63,15 @@ def constant(value: float, size: int, axis: str | None) -> nnx.Param:
 def linear(x: Array, w: nnx.Param) -> Array:
     """x · w, [..., *inputs] · [*inputs, *outputs] → [..., *outputs] of x's dtype; inputs and outputs are w's roles.
 
-    Where w is quantised, each device does it with its tokens and its shard of w.
+    Where w's products are quantised, each device does it with its tokens and its shard of w. A packed weight (a
+    `Quantized` [*outputs, D] in w's place, `interop.packed_weights`) is one chunk after the other made floats.
     """
     array, contracted = w[...], w.get_metadata("roles").count("i")
+    if isinstance(array, Quantized):
+        rows, outputs = x.shape[: x.ndim - contracted], array.shape[:-1]
+        w_FD = jax.tree.map(lambda a: a.reshape(math.prod(outputs), a.shape[-1]), array)
+        y_TF = packed_matmul(x.reshape(math.prod(rows), -1), w_FD)
+        return y_TF.reshape(*rows, *outputs)
     quantization = w.get_metadata("quantization")
     if quantization is None:
         return product(x, array, contracted)
@@ -81,6 +88,12 @@ def linear(x: Array, w: nnx.Param) -> Array:
 
     axes = w.get_metadata("axes")[-array.ndim :]
     return on_weight_shards(quantized_product, x, array.astype(x.dtype), axes, contracted)
+
+
+def in_floats(w: nnx.Param, like: Array) -> Array:
+    """A weight of one input axis, [D, *outputs], in the dtype of `like`; a packed one as long as this is used."""
+    value = w[...]
+    return jnp.moveaxis(unpacked(value, like), -1, 0) if isinstance(value, Quantized) else value.astype(like.dtype)
 
 
 def product(x: Array, w: Array, contracted: int = 1, dtype: Any = None) -> Array:

@@ -18,7 +18,8 @@ from moe_jax.model.dispatch import Slots, Work, dispatch, within_capacity
 from moe_jax.model.layers import Initializer, Rounding, SwiGLU, gated, gated_gradient
 from moe_jax.model.router import Router, RouterStats, router_stats
 from moe_jax.ops.grouped_matmul import Gathered, product, weight_gradient
-from moe_jax.ops.quantization import rounded
+from moe_jax.ops.packed_matmul import packed_grouped_matmul
+from moe_jax.ops.quantization import Quantized, rounded
 from moe_jax.ops.quantized_matmul import Recipe, low_precision_grouped_matmul
 
 
@@ -103,6 +104,21 @@ def run_rounded_experts(
     return run_experts(x_TD, weights_TK, slots, group_sizes_E, gate_up_EDF.reshape(gate_up_ED2F.shape), down_EFD)
 
 
+def run_packed_experts(
+    x_TD: Array,
+    weights_TK: Array,
+    slots: Slots,
+    group_sizes_E: Array,
+    gate_up: Quantized,
+    down: Quantized,
+) -> Array:
+    """`run_experts` of packed weights [E, 2F, D] and [E, D, F] (`ops.packed_matmul`), without gradients."""
+    weights_S = slots.assignments(weights_TK)
+    gate_up_SF = packed_grouped_matmul(slots.tokens(x_TD), gate_up, group_sizes_E)
+    inside_SF = gated(gate_up_SF.reshape(len(weights_S), 2, -1)) * weights_S[:, None].astype(x_TD.dtype)
+    return slots.sums(packed_grouped_matmul(inside_SF, down, group_sizes_E))
+
+
 def _work(quantization: Recipe | Rounding | None) -> Work:
     if quantization is None:
         return run_experts
@@ -123,9 +139,14 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BSD: Array, experts_BSK: Array, weights_BSK: Array) -> Array:
         """Σ_k weight · expert(x), [B, S, D]; expert number E is none."""
-        arrays = [array[...].astype(x_BSD.dtype) for array in (self.gate_up_ED2F, self.down_EFD)]
-        work = _work(self.gate_up_ED2F.get_metadata("quantization"))
-        y_BSD = dispatch(x_BSD, experts_BSK, weights_BSK, arrays, self.axes, work, self.cfg, self.recomputed)
+        gate_up, down = self.gate_up_ED2F[...], self.down_EFD[...]
+        if isinstance(gate_up, Quantized):
+            gate_up = jax.tree.map(lambda a: a.reshape(len(a), -1, a.shape[-1]), gate_up)  # [E, 2, F, D] → [E, 2F, D]
+            axes, work = (("expert", None, None),) * 2, run_packed_experts
+        else:
+            gate_up, down = gate_up.astype(x_BSD.dtype), down.astype(x_BSD.dtype)
+            axes, work = self.axes, _work(self.gate_up_ED2F.get_metadata("quantization"))
+        y_BSD = dispatch(x_BSD, experts_BSK, weights_BSK, (gate_up, down), axes, work, self.cfg, self.recomputed)
         return y_BSD.astype(x_BSD.dtype)
 
 
@@ -160,4 +181,5 @@ class MoE(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BSD += self.shared(x_BSD)
-        return y_BSD, router_stats(routed, valid_BS, dropped_BS, self.cfg)
+        with jax.named_scope("router"):
+            return y_BSD, router_stats(routed, valid_BS, dropped_BS, self.cfg)

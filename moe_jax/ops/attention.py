@@ -72,7 +72,8 @@ def attention(
         long = isinstance(seen, Causal) and q_BSHD.shape[1] * k_BTKD.shape[1] > _MOST_SCORES
         implementation = "chunked" if long else "dense"
     if implementation == "dense":
-        return _dense(q_BSHD, k_BTKD, v_BTKE, seen, scale)
+        with jax.named_scope("attention_scores"):
+            return _dense(q_BSHD, k_BTKD, v_BTKE, seen, scale)
     if not isinstance(seen, Causal):
         raise ValueError("implementation = 'chunked': needs `seen` as Causal, not a mask of all pairs")
     B, S, H, _ = q_BSHD.shape

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from moe_jax.ops.quantization import Quantized, column_scales, dequantize, quantize, row_scales
+from moe_jax.ops.quantization import Quantized, as_float32, column_scales, dequantize, quantize, row_scales
 
 Implementation = Literal["native", "emulated"]
 
@@ -89,7 +89,7 @@ def quantized_matmul(a: Quantized, b: Quantized, *, implementation: Implementati
 
 def _block_product(a_MK: Array, b_KN: Array, scale_M: Array, scale_N: Array, implementation: str | None) -> Array:
     def emulated(a_MK: Array, b_KN: Array) -> Array:
-        a_MK, b_KN = a_MK.astype(jnp.float32), b_KN.astype(jnp.float32)
+        a_MK, b_KN = as_float32(a_MK), as_float32(b_KN)
         return jnp.einsum("MK,KN->MN", a_MK, b_KN, precision=lax.Precision.HIGHEST)
 
     def native(a_MK: Array, b_KN: Array) -> Array:
@@ -189,16 +189,19 @@ def low_precision_grouped_matmul(
     return _grouped(x_TD, w_EDF, group_sizes_E, recipe, implementation)
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
     group_Z: Array
     """The group of each tile; that of tiles without rows does not matter."""
     row_ZT: Array
     """Which row stands in each place of a tile; the number of rows where none does."""
     place_T: Array
     """Where in the tiles, one after the other, each row stands; past their end if it is in no group."""
+    num_used: Array
+    """Tiles that have rows: the first ones."""
 
 
-def _tiles(group_sizes_E: Array, num_rows: int, block: int) -> _Tiles:
+def cut_into_tiles(group_sizes_E: Array, num_rows: int, block: int) -> Tiles:
+    """Rows sorted by group as tiles of `block` rows, none of which has rows of two groups."""
     num_groups = group_sizes_E.shape[0]
     num_tiles = (num_rows + (block - 1) * num_groups) // block
     sizes_E = group_sizes_E.astype(jnp.int32)
@@ -216,10 +219,11 @@ def _tiles(group_sizes_E: Array, num_rows: int, block: int) -> _Tiles:
     group_T = jnp.searchsorted(ends_E, row_T, side="right")
     own_T = jnp.minimum(group_T, num_groups - 1)
     place_T = first_E[own_T] * block + row_T - (ends_E - sizes_E)[own_T]
-    return _Tiles(group_Z, row_ZT, jnp.where(group_T < num_groups, place_T, num_tiles * block))
+    return Tiles(group_Z, row_ZT, jnp.where(group_T < num_groups, place_T, num_tiles * block), last_E[-1])
 
 
-def _take(x_TX: Array, row_T: Array) -> Array:
+def take_rows(x_TX: Array, row_T: Array) -> Array:
+    """These rows; zeros for those past the end."""
     return x_TX.at[row_T].get(mode="fill", fill_value=0)
 
 
@@ -227,11 +231,11 @@ def _take_quantized(q: Quantized, row_T: Array) -> Quantized:
     """Rows of an array whose blocks are one row high."""
     # NumPy's fill does not know fp8: the bits of zero are those of the integer.
     bits = lax.bitcast_convert_type(q.values, jnp.uint8)
-    values = lax.bitcast_convert_type(_take(bits, row_T), q.values.dtype)
-    return Quantized(values, _take(q.scales, row_T), q.format, q.block, q.columns)
+    values = lax.bitcast_convert_type(take_rows(bits, row_T), q.values.dtype)
+    return Quantized(values, take_rows(q.scales, row_T), q.format, q.block, q.columns)
 
 
-def _tile_products(x: Quantized, w: Quantized, tiles: _Tiles, implementation: Implementation | None) -> Array:
+def _tile_products(x: Quantized, w: Quantized, tiles: Tiles, implementation: Implementation | None) -> Array:
     """y[t] = x[t] · w[group of t], float32."""
 
     def product(tile: tuple[Array, Array]) -> Array:
@@ -240,7 +244,7 @@ def _tile_products(x: Quantized, w: Quantized, tiles: _Tiles, implementation: Im
         return quantized_matmul(_take_quantized(x, row_T), w_DF, implementation=implementation)
 
     y_ZTF = lax.map(product, (tiles.group_Z, tiles.row_ZT))
-    return _take(y_ZTF.reshape(-1, y_ZTF.shape[-1]), tiles.place_T)
+    return take_rows(y_ZTF.reshape(-1, y_ZTF.shape[-1]), tiles.place_T)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -252,7 +256,7 @@ def _grouped(
 
 def _grouped_forward(x_TD, w_EDF, group_sizes_E, recipe, implementation):
     x, w = _operands(x_TD, w_EDF, recipe)
-    tiles = _tiles(group_sizes_E, x_TD.shape[0], recipe.rows)
+    tiles = cut_into_tiles(group_sizes_E, x_TD.shape[0], recipe.rows)
     y_TF = _tile_products(x, w, tiles, implementation).astype(x_TD.dtype)
     return y_TF, (x, w, tiles, jnp.zeros((), w_EDF.dtype))
 
@@ -265,7 +269,7 @@ def _grouped_backward(recipe, implementation, residuals, dy_TF):
     def add_tile(dw_EDF: Array, tile: tuple[Array, Array]) -> tuple[Array, None]:
         group, row_T = tile
         x_TD = dequantize(_take_quantized(x, row_T))
-        dw_DF = _weight_gradient(x_TD, _take(dy_TF, row_T), recipe, implementation)
+        dw_DF = _weight_gradient(x_TD, take_rows(dy_TF, row_T), recipe, implementation)
         return dw_EDF.at[group].add(dw_DF), None
 
     dw_EDF, _ = lax.scan(add_tile, jnp.zeros(w.shape, jnp.float32), (tiles.group_Z, tiles.row_ZT))

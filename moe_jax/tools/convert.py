@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_jax.config import MeshConfig, to_dict
 from moe_jax.tools.model import ONE_DEVICE, ToolError, mendable
+
+if TYPE_CHECKING:
+    from moe_jax.interop.pretrained import Pretrained
 
 
 def convert(
@@ -18,6 +23,8 @@ def convert(
     run_dir: Path | None = None,
     phase: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    upcycle_experts: int = 0,
+    upcycle_experts_per_token: int = 2,
     mesh: MeshConfig = ONE_DEVICE,
 ) -> None:
     """Converts a run's checkpoint to a Hugging Face folder (--run, --out), or the other way (--checkpoint, --run-dir).
@@ -33,60 +40,83 @@ def convert(
         run_dir: The run folder to write; must not exist yet.
         phase: Whose checkpoint of the run: base, grpo, ... By default the phase trained last, controls aside.
         dtype: Of the written tensors, with --out; by default that of the model's arithmetic, as is usual.
+        upcycle_experts: With --run-dir, of a dense model: so many copies of each feed-forward as experts, with a new
+            router; the logits are the same (sparse upcycling, arXiv:2212.05055). 0: the model as it is.
+        upcycle_experts_per_token: Of the upcycled model.
         mesh: Devices that a large model is spread over.
     """
     if run is not None and out is not None and checkpoint is None and run_dir is None:
+        if upcycle_experts:
+            raise ToolError("--upcycle-experts: is for --checkpoint and --run-dir")
         _export(run, out, phase, dtype, mesh)
     elif checkpoint is not None and run_dir is not None and run is None and out is None:
         if phase is not None or dtype is not None:
             raise ToolError("--phase and --dtype: are for --run; a run folder holds float32 weights in a phase `init`")
-        _import(checkpoint, run_dir, mesh)
+        _import(checkpoint, run_dir, mesh, upcycle_experts, upcycle_experts_per_token)
     else:
         raise ToolError("give --run RUN_FOLDER --out HUGGING_FACE_FOLDER, or --checkpoint FOLDER --run-dir RUN_FOLDER")
 
 
 def _export(run: Path, out: Path, phase: str | None, dtype: str | None, mesh: MeshConfig) -> None:
+    from moe_jax.interop.pretrained import save_pretrained
+
+    with mendable(), exportable(run, phase, mesh) as (title, model):
+        save_pretrained(model, out, dtype=dtype)
+    print(f"{title} → {out} ({dtype or model.config.dtype} tensors)")
+
+
+@contextmanager
+def exportable(run: Path, phase: str | None, mesh: MeshConfig) -> Iterator[tuple[str, Pretrained]]:
+    """What a run's model is called, and itself, with a tokenizer that has files as long as this lasts."""
     from moe_jax.data.tokenizer import HFTokenizer
     from moe_jax.interop.byte_tokenizer import write_byte_tokenizer
-    from moe_jax.interop.pretrained import Pretrained, save_pretrained
+    from moe_jax.interop.pretrained import Pretrained
     from moe_jax.sharding import make_mesh
     from moe_jax.training.weights import newest_phase, restore_weights, run_definition, run_tokenizer
 
-    with mendable():
-        config, definition = run_definition(run)
-        phase = newest_phase(run, phase)
-        tokenizer = run_tokenizer(run, config, definition.cfg.vocab_size)
-        weights = restore_weights(run, definition, phase, make_mesh(mesh))
-        with tempfile.TemporaryDirectory() as temporary:
-            if not isinstance(tokenizer, HFTokenizer):
-                write_byte_tokenizer(Path(temporary))
-                tokenizer = HFTokenizer(temporary)
-            generation_file = tokenizer.file.parent / "generation_config.json"
-            # A model that was trained here is drawn from; without this word checkpoints are greedy.
-            generation: dict[str, Any] = {"do_sample": True, "eos_token_id": tokenizer.eos_id}
-            if tokenizer.bos_id is not None:
-                generation["bos_token_id"] = tokenizer.bos_id
-            if generation_file.is_file():
-                generation = json.loads(generation_file.read_text(encoding="utf-8"))
-            model = Pretrained(definition, weights.params, weights.rest, tokenizer, generation)
-            save_pretrained(model, out, dtype=dtype)
-    stored = dtype or definition.cfg.dtype
-    print(f"{run}: {phase}, step {weights.step} → {out} ({stored} tensors)")
+    config, definition = run_definition(run)
+    phase = newest_phase(run, phase)
+    tokenizer = run_tokenizer(run, config, definition.cfg.vocab_size)
+    weights = restore_weights(run, definition, phase, make_mesh(mesh))
+    with tempfile.TemporaryDirectory() as temporary:
+        if not isinstance(tokenizer, HFTokenizer):
+            write_byte_tokenizer(Path(temporary))
+            tokenizer = HFTokenizer(temporary)
+        generation_file = tokenizer.file.parent / "generation_config.json"
+        # A model that was trained here is drawn from; without this word checkpoints are greedy.
+        generation: dict[str, Any] = {"do_sample": True, "eos_token_id": tokenizer.eos_id}
+        if tokenizer.bos_id is not None:
+            generation["bos_token_id"] = tokenizer.bos_id
+        if generation_file.is_file():
+            generation = json.loads(generation_file.read_text(encoding="utf-8"))
+        model = Pretrained(definition, weights.params, weights.rest, tokenizer, generation)
+        yield f"{run}: {phase}, step {weights.step}", model
 
 
-def _import(checkpoint: str, run_dir: Path, mesh: MeshConfig) -> None:
+def _import(checkpoint: str, run_dir: Path, mesh: MeshConfig, experts: int, experts_per_token: int) -> None:
+    from moe_jax.interop.pretrained import load_pretrained
     from moe_jax.model.definition import Definition
+    from moe_jax.rng import random_key
     from moe_jax.sharding import make_mesh
     from moe_jax.training.run import Run
-    from moe_jax.training.start import keep_tokenizer, start_config, start_weights
+    from moe_jax.training.start import INIT_PHASE, keep_tokenizer, start_config, start_weights
+    from moe_jax.training.upcycling import upcycle, upcycled_config
 
     if run_dir.exists() and any(run_dir.iterdir()):
         raise ToolError(f"--run-dir {run_dir}: is there already; name another folder")
     with mendable():
         placed = make_mesh(mesh)
         model, tokenizer = start_config(checkpoint, run_dir)
-        config = {"seed": 0, "init": checkpoint, "tokenizer": tokenizer, "model": to_dict(model)}
+        sparse = upcycled_config(model, experts, experts_per_token) if experts else model
+        config = {"seed": 0, "init": checkpoint, "tokenizer": tokenizer, "model": to_dict(sparse)}
         with Run.open(run_dir, "convert", config) as run:
             keep_tokenizer(run.dir, tokenizer)
-            start_weights(run, checkpoint, Definition.of(model), placed)
-    print(f"{checkpoint} → {run_dir} (phase init)")
+            if not experts:
+                start_weights(run, checkpoint, Definition.of(model), placed)
+            else:
+                loaded, definition = load_pretrained(checkpoint, placed), Definition.of(sparse)
+                key = random_key(0, "upcycling")
+                params, rest = upcycle(loaded.definition, loaded.params, definition, key, placed)
+                with run.checkpointer(INIT_PHASE, keep=1) as checkpoints:
+                    checkpoints.save(0, {"params": params, "rest": rest}, {"init": checkpoint})
+    print(f"{checkpoint} → {run_dir} (phase init{f', {experts} experts' if experts else ''})")

@@ -114,7 +114,7 @@ def _of_run(run: Path, phase: str | None, tokenizer: Path | None, dtype: str | N
 def _of_checkpoint(checkpoint: str, tokenizer: Path | None, dtype: str | None, mesh: Any) -> Model:
     from moe_jax.interop.pretrained import load_pretrained
 
-    loaded = load_pretrained(checkpoint, mesh, dtype)
+    loaded = load_pretrained(checkpoint, mesh, dtype, packed=True)
     reader = loaded.tokenizer
     if tokenizer is not None:
         reader = _named_tokenizer(tokenizer, loaded.config.vocab_size)

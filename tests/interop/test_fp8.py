@@ -95,24 +95,3 @@ def test_whole_equals_the_published_formula(rows, columns, block, seed):
         [np.float32(quantized[i, j]) * scale_inv[i // block, j // block] for j in range(columns)] for i in range(rows)
     ]
     np.testing.assert_array_equal(fp8.dequantize_blocks(quantized, scale_inv, block=block), expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "quantized"),
-    [
-        ("model.layers.0.self_attn.q_a_proj.weight", True),
-        ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", True),
-        ("model.layers.3.mlp.experts.255.down_proj.weight", True),
-        ("model.layers.3.mlp.shared_experts.gate_proj.weight", True),
-        ("model.layers.3.mlp.gate.weight", False),
-        ("model.layers.3.mlp.gate.e_score_correction_bias", False),
-        ("model.layers.0.self_attn.kv_a_layernorm.weight", False),
-        ("model.layers.0.self_attn.q_proj.bias", False),
-        ("model.layers.61.eh_proj.weight", False),
-        ("model.layers.61.shared_head.head.weight", False),
-        ("model.embed_tokens.weight", False),
-        ("lm_head.weight", False),
-    ],
-)
-def test_which_weights_deepseek_v3_quantizes(name, quantized):
-    assert fp8.is_quantized_in_deepseek_v3(name) is quantized

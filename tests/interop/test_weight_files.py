@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.interop import fp8, weight_files
+from moe_jax.interop.low_bits import LowBits, encoded
 from moe_jax.interop.weight_files import INDEX, CheckpointFilesError, WeightFiles, write_folder
 
 RNG = np.random.default_rng(0)
@@ -104,7 +105,7 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path):
     with safe_open(folder / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
-    write_folder(tmp_path / "fp8", [("x.up_proj.weight", np.ones((130, 3), np.float32))], {}, fp8=lambda _: True)
+    write_folder(tmp_path / "fp8", [("x.up_proj.weight", np.ones((130, 3), np.float32))], {}, encode=as_fp8)
     with safe_open(tmp_path / "fp8" / "model.safetensors", "numpy") as file:
         assert file.get_slice("x.up_proj.weight").get_dtype() == "F8_E4M3"
         np.testing.assert_array_equal(
@@ -136,13 +137,21 @@ def test_tensors_at_odd_offsets_are_read(tmp_path):
 # FP8
 
 
+def as_fp8(name, tensor):
+    return encoded(name, tensor, LowBits("fp8"), None, None)
+
+
+def matrices_as_fp8(name, tensor):
+    return as_fp8(name, tensor) if tensor.ndim == 2 else [(name, tensor)]
+
+
 def test_fp8_weights_are_quantised_and_read_as_float32(tmp_path):
     tensors = {
         "layers.0.up_proj.weight": RNG.normal(size=(130, 200)).astype(ml_dtypes.bfloat16),
         "layers.0.norm.weight": np.ones(200, ml_dtypes.bfloat16),
     }
     # The weight and its scales come to lie in different shards, as they may in DeepSeek's own files.
-    write_folder(tmp_path / "m", tensors.items(), {}, max_shard_bytes=1, fp8=fp8.is_quantized_in_deepseek_v3)
+    write_folder(tmp_path / "m", tensors.items(), {}, max_shard_bytes=1, encode=matrices_as_fp8)
     files = WeightFiles(tmp_path / "m")
     assert sorted(files.names) == sorted(tensors)
     assert files.dtype("layers.0.up_proj.weight") == np.float32
@@ -156,7 +165,7 @@ def test_fp8_weights_are_quantised_and_read_as_float32(tmp_path):
 @pytest.fixture(scope="module")
 def fp8_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8") / "m"
-    write_folder(folder, [("w", RNG.normal(size=(260, 300)))], {}, fp8=lambda name: True)
+    write_folder(folder, [("w", RNG.normal(size=(260, 300)))], {}, encode=as_fp8)
     return WeightFiles(folder)
 
 
@@ -382,16 +391,16 @@ def test_existing_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "fp8", "message"),
+    ("tensors", "encode", "message"),
     [
         ([("w", np.ones(2)), ("w", np.ones(3))], None, "'w' comes twice"),
         ([("w", np.ones(2, np.complex128))], None, "'w'.*complex128"),
-        ([("w", np.full((2, 2), np.inf))], lambda name: True, "'w'.*NaN or infinite"),
+        ([("w", np.full((2, 2), np.inf))], as_fp8, "'w'.*NaN or infinite"),
     ],
 )
-def test_tensors_that_cannot_be_written(tmp_path, tensors, fp8, message):
+def test_tensors_that_cannot_be_written(tmp_path, tensors, encode, message):
     with pytest.raises(CheckpointFilesError, match=message):
-        write_folder(tmp_path / "m", tensors, {}, fp8=fp8)
+        write_folder(tmp_path / "m", tensors, {}, encode=encode)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -404,6 +413,7 @@ def test_tensors_that_cannot_be_written(tmp_path, tensors, fp8, message):
 MEMORY = """
 import sys, threading, time
 import numpy as np, ml_dtypes
+from moe_jax.interop.low_bits import LowBits, encoded
 from moe_jax.interop.weight_files import WeightFiles, write_folder
 
 folder, total, largest, use_fp8 = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "fp8"
@@ -438,7 +448,8 @@ def read():
         for part in (slice(0, columns // 3), slice(columns // 3, columns)):
             np.array(files.read(name, (slice(None), part)))
 
-measure("write", lambda: write_folder(folder, tensors(), {}, max_shard_bytes=3 * largest, fp8=lambda _: use_fp8))
+encode = (lambda name, w: encoded(name, w, LowBits("fp8"), None, None)) if use_fp8 else None
+measure("write", lambda: write_folder(folder, tensors(), {}, max_shard_bytes=3 * largest, encode=encode))
 measure("read", read)
 """
 

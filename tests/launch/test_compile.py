@@ -67,3 +67,21 @@ def test_a_mesh_that_the_torus_has_no_dimensions_for(capsys):
 def test_config_of_compile_is_that_of_estimate():
     ours = {field.name for field in dataclasses.fields(plan.Config)}
     assert ours - {field.name for field in dataclasses.fields(estimate.Config)} == {"search", "search_compile"}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "precision", "kind"), [("tpu7x:2x2x1", "fp8", "f8e4m3fn"), ("v6e:2x2", "int8", "s8")]
+)
+def test_the_blocks_products_are_in_8_bits(capsys, topology, precision, kind):
+    """Forward and backward, experts and prediction module too. Scores, router and head are not theirs."""
+    arguments = ("--preset", "tiny_moe", "--topology", topology, "--mesh.fsdp", "2", "--mesh.expert", "2")
+    arguments += ("--mesh.data", "-1", "--batch", "8", "--seq", "128", "--precision", precision, "--json")
+    assert plan.main(list(arguments)) == 0
+    found = json.loads(capsys.readouterr().out)
+    wide = ("attention_scores", "router", "token_logprobs")
+    rows = [row for row in found["products"] if not any(part in row["place"] for part in wide)]
+    assert {"attention", "ffn", "ffn/experts", "ffn/shared_experts"} <= {row["place"] for row in rows}
+    assert [row for row in rows if row["operands"] != f"{kind} x {kind}"] == []
+    assert 0.6 < found["flops_share_in_8_bits"] < 1
