@@ -50,6 +50,7 @@ def evaluate(
     consensus: list[float] = []
     details: dict[str, list[float]] = {"format": [], "worked": [], "length": []}
     shares: list[float] = []
+    legible: list[float] = []
     examples = []
     for start in range(0, len(problems), cfg.batch_size):
         chunk = problems[start : start + cfg.batch_size]
@@ -75,21 +76,20 @@ def evaluate(
             if cfg.language:
                 found = [language_reward(texts[row], cfg.language) for row in rows]
                 shares += [share for share in found if share is not None]
-                details.setdefault("readable", []).extend(float(readable(texts[row], cfg.language)) for row in rows)
+                legible += [float(samples.finished_B[row] and readable(texts[row], cfg.language)) for row in rows]
             if len(examples) < 8:
                 examples.append({"prompt": problem.prompt, "answer": problem.answer, "completion": texts[rows[0]]})
         between(min(start + cfg.batch_size, len(problems)), len(problems))
+    language = {}
+    if cfg.language:
+        language = {"language": float(np.mean(shares or [np.nan])), "readable": float(np.mean(legible))}
     return {
         "pass_at_1": mean_interval(np.array(accuracy)),
         f"cons_at_{cfg.samples}": mean_interval(np.array(consensus)),
         "format": float(np.mean(details["format"])),
         "worked": float(np.mean(details["worked"])),
         "mean_length": float(np.mean(details["length"])),
-        **(
-            {"language": float(np.mean(shares or [np.nan])), "readable": float(np.mean(details["readable"]))}
-            if cfg.language
-            else {}
-        ),
+        **language,
         "accuracy_worked": _mean_where(np.array(accuracy), np.array(details["worked"]) > 0),
         "accuracy_guessed": _mean_where(np.array(accuracy), np.array(details["worked"]) == 0),
         "examples": examples,
