@@ -146,13 +146,22 @@ class Config:
                     f"Config.{name}.reward.language = {reward.language!r}: must be evaluation.language ="
                     f" {self.evaluation.language!r}"
                 )
-        for name in ("zero", "language_rl", "final_rl"):
-            room = self.prompt_length + getattr(self, name).sampling.max_new_tokens
-            for model in ("model", "student_model"):
-                if room > getattr(self, model).max_position:
+        rooms = {
+            f"prompt_length = {self.prompt_length} and {name}.sampling.max_new_tokens": self.prompt_length
+            + getattr(self, name).sampling.max_new_tokens
+            for name in ("zero", "language_rl", "final_rl")
+        }
+        rooms |= {
+            f"{name}.train.sequence_length": getattr(self, name).train.sequence_length
+            for name in ("cold_start", "rejection", "distillation")
+        }
+        rooms["pretrain.sequence_length"] = self.pretrain.sequence_length
+        for name in ("model",) if self.init else ("model", "student_model"):
+            most = getattr(self, name).max_position
+            for needed, room in rooms.items():
+                if room > most:
                     raise ConfigError(
-                        f"Config.{model}.max_position = {getattr(self, model).max_position}: must have room for"
-                        f" prompt_length = {self.prompt_length} and {name}.sampling.max_new_tokens"
+                        f"Config.{name}.max_position = {most}: must have room for {needed}, {room} tokens together"
                     )
 
     @property

@@ -1,6 +1,7 @@
 """Two languages in one text: the working's words change, and nothing else does."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_the_language_changes_as_often_as_asked(rate, low, high):
     texts = [document.completion for document in mixed(rate).documents(0, 1000, "base") if document.worked]
     chinese = [[word in "加减" for word in re.findall(r"and|less|加|减", text)] for text in texts]
     assert all(len(words) == 5 for words in chinese)
-    assert low <= np.mean([a != b for words in chinese for a, b in zip(words, words[1:], strict=False)]) <= high
+    assert low <= np.mean([a != b for words in chinese for a, b in pairwise(words)]) <= high
     assert 0.45 < np.mean([words[0] for words in chinese]) < 0.55
     assert 0.45 < np.mean([language_reward(text, "latin") for text in texts]) < 0.55
 
