@@ -55,11 +55,13 @@ class FineTuning:
     documents: int
     """Samples to keep."""
     max_batches: int
-    """Batches of samples (of the size of a step of `zero`) that may be drawn for them."""
+    """Batches of samples, as many as in a step of `zero`, that may be drawn for them."""
     train: TrainConfig
+    samples: int = 1
+    """Drawn for each problem. Several that are right and readable may well be one text, of which one is kept."""
 
     def __post_init__(self) -> None:
-        for name in ("documents", "max_batches"):
+        for name in ("documents", "max_batches", "samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"FineTuning.{name} = {getattr(self, name)}: must be at least 1")
 
@@ -72,11 +74,10 @@ def _rl(steps: int, reward: RewardConfig) -> RLConfig:
     return replace(grpo_math.CONFIG.rl, steps=steps, reward=reward, sampling=SamplingConfig(max_new_tokens=60))
 
 
-def _tuning(documents: int, max_batches: int, steps: int, learning_rate: float) -> FineTuning:
-    optimizer = OptimizerConfig(learning_rate=learning_rate, beta2=0.98, warmup_steps=5, final_fraction=0.1)
-    return FineTuning(
-        documents, max_batches, TrainConfig(steps=steps, batch_size=16, sequence_length=128, optimizer=optimizer)
-    )
+def _tuning(documents: int, steps: int, rows: int) -> FineTuning:
+    optimizer = OptimizerConfig(learning_rate=2e-3, beta2=0.98, warmup_steps=5, final_fraction=0.1)
+    train = TrainConfig(steps=steps, batch_size=rows, sequence_length=80, optimizer=optimizer)  # a sample to a row
+    return FineTuning(documents, max_batches=100, train=train)
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,15 @@ class Config:
     """Of both bases."""
     zero: RLConfig = _rl(40, RewardConfig())
     """R1-Zero: accuracy and format."""
-    cold_start: FineTuning = _tuning(512, 96, steps=40, learning_rate=2e-3)
+    cold_start: FineTuning = _tuning(256, steps=24, rows=32)
     """Dev1: the base on readable samples of R1-Zero."""
     language_rl: RLConfig = _rl(40, READABLE)
     """Dev2: Dev1 with the language reward."""
-    rejection: FineTuning = _tuning(2048, 32, steps=160, learning_rate=2e-3)
+    rejection: FineTuning = _tuning(2048, steps=128, rows=32)
     """Dev3: the base on samples of Dev2."""
     final_rl: RLConfig = _rl(40, READABLE)
     """R1: Dev3 by reinforcement again."""
-    distillation: FineTuning = _tuning(2048, 32, steps=320, learning_rate=2e-3)
+    distillation: FineTuning = _tuning(4096, steps=160, rows=64)
     """The student on samples of R1."""
     evaluation: EvaluationConfig = EvaluationConfig(language="latin")
     """Its language is that of the rewards and of the filters, too."""
@@ -220,7 +221,7 @@ def paper(cfg: Config) -> Config:
         train = TrainConfig(
             steps, batch_size=rows, sequence_length=32_768, accumulation_steps=rows // 8, optimizer=cosine
         )
-        return FineTuning(documents, max_batches=max(documents // 1000, 50), train=train)
+        return FineTuning(documents, max_batches=max(documents // 1000, 50), train=train, samples=16)
 
     return replace(
         cfg,
@@ -395,7 +396,13 @@ class Pipeline:
         """What to learn from a model: its readable samples that are right."""
         from moe_jax.rl.rejection import RejectionSampler
 
-        trainer = self.lab.policy("large", self.cfg.zero)
+        zero = self.cfg.zero
+        batch, no_advantages = (
+            zero.num_prompts * zero.group_size,
+            PolicyLossConfig(baseline="none", scale_rewards="none"),
+        )
+        sizes = {"num_prompts": max(batch // tuning.samples, 1), "group_size": tuning.samples, "num_minibatches": 1}
+        trainer = self.lab.policy("large", replace(zero, loss=no_advantages, accumulation_steps=1, **sizes))
         sampler = RejectionSampler(self.session, trainer, self.cfg.evaluation.language, self.seed)
         environment = self._environment(stage, READABLE)
         return sampler(self._phase(stage), environment, model, tuning.documents, tuning.max_batches)
