@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from experiments import distill, grpo_math
-from moe_jax.analysis.tables import markdown
 from moe_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -34,9 +33,6 @@ from moe_jax.config import (
 from moe_jax.training.experiment import Session, main
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from moe_jax.analysis.plots import Panel
     from moe_jax.data.problems import Document, Problem
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.model.definition import Definition
@@ -147,23 +143,16 @@ class Config:
                     f"Config.{name}.reward.language = {reward.language!r}: must be evaluation.language ="
                     f" {self.evaluation.language!r}"
                 )
-        rooms = {
-            f"prompt_length = {self.prompt_length} and {name}.sampling.max_new_tokens": self.prompt_length
-            + getattr(self, name).sampling.max_new_tokens
-            for name in ("zero", "language_rl", "final_rl")
-        }
-        rooms |= {
-            f"{name}.train.sequence_length": getattr(self, name).train.sequence_length
-            for name in ("cold_start", "rejection", "distillation")
-        }
-        rooms["pretrain.sequence_length"] = self.pretrain.sequence_length
+        rls = (self.zero, self.language_rl, self.final_rl)
+        trains = (self.pretrain, *(tuning.train for tuning in (self.cold_start, self.rejection, self.distillation)))
+        longest = self.prompt_length + max(rl.sampling.max_new_tokens for rl in rls)
+        longest = max(longest, *(train.sequence_length for train in trains))
         for name in ("model",) if self.init else ("model", "student_model"):
-            most = getattr(self, name).max_position
-            for needed, room in rooms.items():
-                if room > most:
-                    raise ConfigError(
-                        f"Config.{name}.max_position = {most}: must have room for {needed}, {room} tokens together"
-                    )
+            if longest > (most := getattr(self, name).max_position):
+                raise ConfigError(
+                    f"Config.{name}.max_position = {most}: rows, or prompt_length = {self.prompt_length} and"
+                    f" max_new_tokens, need {longest}; raise it or lower them"
+                )
 
     @property
     def seeds(self) -> range:
@@ -187,6 +176,9 @@ TITLES = {
     "student_rl": "control: student, RL alone",
     "distilled": "student + SFT on samples of R1",
 }
+
+STUDENTS = ("student", "distilled", "student_rl")
+CONTROLS = ("zero_longer", "student_rl")
 
 
 def paper(cfg: Config) -> Config:
@@ -366,6 +358,8 @@ class Pipeline:
 
     def _start(self, stage: str, size: str, init: str) -> Weights:
         """A model from elsewhere, or one that learns from the problems' text."""
+        import jax.numpy as jnp
+
         from moe_jax.data.problem_text import ProblemText
         from moe_jax.rng import random_key
         from moe_jax.training.start import start_weights
@@ -374,7 +368,7 @@ class Pipeline:
         definition, tokenizer = self.lab.models[size]
         if init:
             weights = start_weights(self.lab.run, init, definition, self.session.mesh, phase=f"{stage}-init")
-            return TrainState(np.int32(0), *weights, ())
+            return TrainState(jnp.int32(0), *weights, ())
         train = self.cfg.pretrain
         text = ProblemText(self.text, tokenizer, train.batch_size, train.sequence_length, stage)
         key = random_key(self.seed, f"weights/{stage}")
@@ -394,18 +388,22 @@ class Pipeline:
 
     def _samples(self, stage: str, model: Callable[[], Weights], tuning: FineTuning) -> list[Document]:
         """What to learn from a model: its readable samples that are right."""
-        from moe_jax.rl.rejection import RejectionSampler
+        from moe_jax.rl.rejection import rejection_sample
 
-        zero = self.cfg.zero
-        batch, no_advantages = (
-            zero.num_prompts * zero.group_size,
-            PolicyLossConfig(baseline="none", scale_rewards="none"),
+        zero, samples = self.cfg.zero, tuning.samples
+        sizes = {"num_prompts": max(zero.num_prompts * zero.group_size // samples, 1), "group_size": samples}
+        loss = PolicyLossConfig(baseline="none", scale_rewards="none")
+        rl = replace(zero, **sizes, loss=loss, num_minibatches=1, accumulation_steps=1)
+        return rejection_sample(
+            self.session,
+            self._phase(stage),
+            self.lab.policy("large", rl),
+            self._environment(stage, READABLE),
+            model,
+            wanted=tuning.documents,
+            max_batches=tuning.max_batches,
+            seed=self.seed,
         )
-        sizes = {"num_prompts": max(batch // tuning.samples, 1), "group_size": tuning.samples, "num_minibatches": 1}
-        trainer = self.lab.policy("large", replace(zero, loss=no_advantages, accumulation_steps=1, **sizes))
-        sampler = RejectionSampler(self.session, trainer, self.cfg.evaluation.language, self.seed)
-        environment = self._environment(stage, READABLE)
-        return sampler(self._phase(stage), environment, model, tuning.documents, tuning.max_batches)
 
     def _tune(self, stage: str, size: str, start: Weights, documents: list[Document], train: TrainConfig) -> Weights:
         from moe_jax.data.problem_text import FixedDocuments, ProblemText
@@ -418,7 +416,8 @@ class Pipeline:
     def _environment(self, stage: str, reward: RewardConfig) -> VerifiableEnvironment:
         from moe_jax.rl.environments import VerifiableEnvironment
 
-        return VerifiableEnvironment(self.source, reward, purpose=stage, fits=self._fits)
+        language = self.cfg.evaluation.language
+        return VerifiableEnvironment(self.source, reward, purpose=stage, fits=self._fits, language=language)
 
     def _fits(self, problem: Problem) -> bool:
         from moe_jax.data.problem_text import encode_problem
@@ -429,7 +428,7 @@ class Pipeline:
     def held_out(self, stage: str) -> dict[str, Any]:
         from moe_jax.rl.evaluation import held_out
 
-        size = "small" if stage in ("student", "distilled", "student_rl") else "large"
+        size = "small" if stage in STUDENTS else "large"
         return held_out(
             self.session,
             self._phase(stage),
@@ -442,10 +441,6 @@ class Pipeline:
             prompt_length=self.cfg.prompt_length,
             seed=self.seed,
         )
-
-
-STUDENTS = ("student", "distilled", "student_rl")
-CONTROLS = ("zero_longer", "student_rl")
 
 
 def stages(cfg: Config) -> list[str]:
@@ -466,139 +461,66 @@ def experiment(cfg: Config, session: Session) -> None:
         report(cfg, session.run, results)
 
 
+FIGURES = ("mean_length", "format", "worked", "accuracy_worked", "language", "readable")
+COMPARED = (("r1", "zero"), ("r1", "zero_longer"), ("r1", "dev2"), ("dev2", "zero"), ("distilled", "student_rl"))
+"""Differences within a seed."""
+
+
 def report(cfg: Config, run: Run, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Writes summary.json, table.md and the plots, and prints the table."""
     from moe_jax.analysis.flops import parameter_counts
     from moe_jax.analysis.seed_statistics import mean_over_seeds
+    from moe_jax.analysis.stages import plot_reinforcement, plot_stages, table
 
     consensus = f"cons_at_{cfg.evaluation.samples}"
-    summary: dict[str, Any] = {"seeds": list(cfg.seeds), "seconds": run.elapsed, "stages": {}}
+    entries: dict[str, Any] = {}
     for name in (name for name in TITLES if name in results):
         found = results[name]
         single = [result["pass_at_1"]["mean"] for result in found]
-        over_seeds = mean_over_seeds(single)
-        summary["stages"][name] = {
+        entries[name] = {
             "title": TITLES[name],
-            "pass_at_1": over_seeds if len(found) > 1 else found[0]["pass_at_1"],
+            "pass_at_1": mean_over_seeds(single) if cfg.num_seeds > 1 else found[0]["pass_at_1"],
             "per_seed": single,
             consensus: float(np.mean([result[consensus]["mean"] for result in found])),
             **{figure: float(np.mean([result[figure] for result in found])) for figure in FIGURES},
         }
-    summary["differences"] = {
-        f"{a} - {b}": mean_over_seeds(np.subtract(*(summary["stages"][name]["per_seed"] for name in (a, b))))
+    differences = {
+        f"{a} - {b}": mean_over_seeds(np.subtract(entries[a]["per_seed"], entries[b]["per_seed"]))
         for a, b in COMPARED
-        if a in results and b in results
+        if a in entries and b in entries
     }
-    summary["samples"] = {
-        name: {
-            figure: float(np.mean([row[figure] for seed in cfg.seeds for row in run.metrics(f"{name}-seed{seed}")]))
-            for figure in ("accuracy", "readable", "kept")
-        }
-        for name in ("cold_start", "rejection", "lessons")
-        if run.metrics(f"{name}-seed{cfg.seed}")
+
+    def of_seeds(stage: str) -> list[list[dict[str, Any]]]:
+        return [run.metrics(f"{stage}-seed{seed}") for seed in cfg.seeds]
+
+    kept = {
+        stage: float(np.mean([row["kept"] for rows in phases for row in rows]))
+        for stage in ("cold_start", "rejection", "lessons")
+        if all(phases := of_seeds(stage))
     }
     counts = parameter_counts(cfg.model)
-    summary |= {"parameters_total": counts.total + counts.mtp, "parameters_active": counts.active}
+    summary = {
+        "seeds": list(cfg.seeds),
+        "seconds": run.elapsed,
+        "stages": entries,
+        "differences": differences,
+        "kept": kept,
+        "parameters_total": counts.total + counts.mtp,
+        "parameters_active": counts.active,
+    }
     run.write_json("summary.json", summary)
-    text = table(summary, consensus)
+    text = table(entries, consensus, {"AIME 2024, R1's": PUBLISHED})
     run.path("table.md").write_text(text + "\n", encoding="utf-8")
-    plots = plot(cfg, run, summary, consensus)
-    kept = ", ".join(f"{name} {100 * found['kept']:.0f} %" for name, found in summary["samples"].items())
+    plots = [run.path("plots", f"{name}.png") for name in ("stages", "reinforcement")]
+    plot_stages(plots[0], entries, consensus, cfg.evaluation.language)
+    plot_reinforcement(plots[1], {TITLES[name].split(":")[0]: of_seeds(name) for name in ("zero", "dev2", "r1")})
     interval = "over held-out problems" if cfg.num_seeds == 1 else f"over {cfg.num_seeds} seeds (Student's t)"
     print(
         f"\n{text}\n\nHeld-out accuracy, 95 % intervals {interval}; length in tokens; language: share of the thinking's"
-        f" words in {cfg.evaluation.language}; readable: well formed and wholly in it. AIME 2024: DeepSeek-R1's stages."
-        f"\nKept of the samples: {kept}.\n{summary['seconds']:.0f} s.\nRun folder: {run.dir}"
-        f"\nPlots: {', '.join(str(path) for path in plots)}"
+        f" words in {cfg.evaluation.language}; readable: well formed and wholly in it."
+        f"\nKept of the samples: {', '.join(f'{stage} {100 * share:.0f} %' for stage, share in kept.items())}."
+        f"\n{summary['seconds']:.0f} s.\nRun folder: {run.dir}\nPlots: {', '.join(map(str, plots))}"
     )
-
-
-FIGURES = ("mean_length", "format", "worked", "accuracy_worked", "language", "readable")
-COMPARED = (("r1", "zero"), ("r1", "zero_longer"), ("r1", "dev2"), ("dev2", "zero"), ("distilled", "student_rl"))
-
-
-def table(summary: Mapping[str, Any], consensus: str) -> str:
-    """As the paper's table of stages, in Markdown."""
-    head = ["stage", "pass@1", consensus.replace("_at_", "@"), "length", "format", "worked", "language", "readable"]
-    rows = [[*head, "AIME, R1's"]]
-    for name, entry in summary["stages"].items():
-        accuracy = entry["pass_at_1"]
-        shares = [f"{entry[figure]:.2f}" for figure in ("format", "worked", "language", "readable")]
-        rows.append(
-            [
-                entry["title"],
-                f"{accuracy['mean']:.3f} ± {accuracy['high'] - accuracy['mean']:.3f}",
-                f"{entry[consensus]:.3f}",
-                f"{entry['mean_length']:.1f}",
-                *shares,
-                f"{PUBLISHED[name]}" if name in PUBLISHED else "",
-            ]
-        )
-    return markdown(rows)
-
-
-def plot(cfg: Config, run: Run, summary: Mapping[str, Any], consensus: str) -> list[Path]:
-    """The stages side by side, and the RL stages step by step."""
-    from moe_jax.analysis import plots
-    from moe_jax.analysis.plots import Panel, Series
-
-    files = [run.path("plots", f"{name}.png") for name in ("stages", "reinforcement")]
-    entries = summary["stages"]
-
-    def over_stages(label: str, figure: str, color: str) -> Series:
-        values = [entry[figure] for entry in entries.values()]
-        if figure != "pass_at_1":
-            return Series(label, range(len(values)), values, color)
-        means, lows, highs = ([value[part] for value in values] for part in ("mean", "low", "high"))
-        return Series(label, range(len(values)), means, color, low=lows, high=highs)
-
-    accuracy = [over_stages("single sample", "pass_at_1", plots.BLUE), over_stages("majority", consensus, plots.SKY)]
-    language = [
-        over_stages("words in it", "language", plots.GREEN),
-        over_stages("samples wholly in it", "readable", plots.ORANGE),
-    ]
-    plots.plot_named(
-        files[0],
-        "R1's stages on held-out problems",
-        list(entries),
-        [
-            Panel("accuracy", accuracy, share=True),
-            Panel(f"language ({cfg.evaluation.language})", language, share=True),
-            Panel("length (tokens)", [over_stages("length", "mean_length", plots.PURPLE)], from_zero=True),
-        ],
-    )
-    plots.plot_curves(files[1], "Samples that the RL stages learn from: means of the seeds", rl_panels(cfg, run))
-    return files
-
-
-def rl_panels(cfg: Config, run: Run) -> list[Panel]:
-    """What the RL stages draw, step by step: accuracy, length, and how much of it can be read."""
-    from moe_jax.analysis import plots
-    from moe_jax.analysis.plots import Panel, Series
-    from moe_jax.rl.rewards import readable
-
-    titles = {"zero": ("R1-Zero", plots.ORANGE), "dev2": ("Dev2", plots.SKY), "r1": ("R1", plots.BLUE)}
-
-    def share(phase: str, step: int) -> float:
-        rows = run.rows(f"rollouts/{phase}/{step:06d}.jsonl") or []
-        return float(np.mean([readable(row["completion"], cfg.evaluation.language) for row in rows]))
-
-    def curves(values: Callable[[str, Sequence[Mapping[str, Any]]], Sequence[float]]) -> list[Series]:
-        found = []
-        for stage, (title, color) in titles.items():
-            phases = [f"{stage}-seed{seed}" for seed in cfg.seeds]
-            mean = np.mean([values(phase, run.metrics(phase)) for phase in phases], axis=0).tolist()
-            found.append(Series(title, range(1, len(mean) + 1), mean, color))
-        return found
-
-    def metric(name: str) -> list[Series]:
-        return curves(lambda phase, rows: [row[name] for row in rows])
-
-    return [
-        Panel("accuracy", metric("rewards/accuracy/mean"), share=True),
-        Panel("readable", curves(lambda phase, rows: [share(phase, int(row["step"])) for row in rows]), share=True),
-        Panel("length (tokens)", metric("completions/mean_length"), from_zero=True),
-    ]
 
 
 if __name__ == "__main__":

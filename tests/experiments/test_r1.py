@@ -170,7 +170,7 @@ def test_without_a_student_nothing_is_distilled():
         ({"prompt": "Solve this"}, "must contain {problem}"),
         ({"evaluation": replace(CONFIG.evaluation, language="")}, "name the language"),
         ({"evaluation": replace(CONFIG.evaluation, language="zh")}, "language_rl.reward.language = 'latin'"),
-        ({"prompt_length": 1000}, "must have room for prompt_length = 1000"),
+        ({"prompt_length": 1000}, "max_position = 1024: rows, or prompt_length = 1000"),
     ],
 )
 def test_what_cannot_be_run_is_refused(change, message):
