@@ -1,9 +1,22 @@
-"""DeepSeek-R1 whole, small: reasoning by reinforcement, and the stages that make it readable.
+"""DeepSeek-R1 whole, small: reasoning by reinforcement, then the stages that make it readable, then a student.
 
     python -m experiments.r1 [--seed 1] [--num-seeds 3] [--help]
     python -m experiments.r1 --init deepseek-ai/DeepSeek-V3-Base --data.source math --data.path DIR
 
-TODO
+The stages are the paper's (arXiv:2501.12948, Nature 645, figure 2): R1-Zero is the base by RL with accuracy and format;
+Dev1 the base, fine-tuned on samples of R1-Zero that are right and readable (the cold start); Dev2 that one by RL with
+the language rewarded too; Dev3 the base, fine-tuned on samples of Dev2; R1 that one by RL; a student, dense and a
+quarter of its size, learns from R1's samples. Controls: R1-Zero for as many more steps of RL; the student by RL alone.
+
+What R1-Zero's mixture of languages comes from is put in by hand: the base's text writes each sign of its working as
+"and" or "加" and changes between them in 30 % of the steps, which changes nothing about what is right.
+
+Hardware: 2 CPU cores. Time: TIME. Result, seeds 0 to 2, 512 held-out problems with 8 samples each:
+
+RESULT
+
+With --init the defaults are the paper's settings (`paper`), which nobody ran here. `python -m moe_jax generate` and the
+like take the R1 model of a run by `--phase r1-seed0`.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def command(run_dir):
 
 
 def finish(run_dir, environment):
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 1200}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 1800}
     done = subprocess.run(command(run_dir), **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -114,7 +114,7 @@ def test_language_is_rewarded_after_zero_only(whole):
 def test_a_run_that_was_stopped_ends_in_the_same_numbers(tmp_path, whole, environment, phase, signum):
     process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + 1800
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and f'"phase": "{phase}", "step": 1' in metrics.read_text():
             break
