@@ -27,7 +27,7 @@ def table(entries: Entries, consensus: str, published: Mapping[str, Mapping[str,
         cells = [f"{accuracy['mean']:.3f} ± {accuracy['high'] - accuracy['mean']:.3f}", f"{entry[consensus]:.3f}"]
         cells.append(f"{entry['mean_length']:.1f}")
         cells += [f"{entry[figure]:.2f}" for figure in ("format", "worked", "language", "readable")]
-        cells += [f"{figures[name]:g}" if name in figures else "" for figures in published.values()]
+        cells += [f"{figures[name]:.1f}" if name in figures else "" for figures in published.values()]
         rows.append([entry["title"], *cells])
     return markdown(rows)
 
