@@ -203,10 +203,11 @@ def paper(cfg: Config) -> Config:
     What differs: lengths do not grow from 32,768 to 65,536 tokens in R1-Zero's last fifth; the ratio is each token's,
     as in DeepSeekMath; the last stage samples at temperature 1 (.7 there) and has no preference rewards, so no other
     than reasoning data are in it or in the 600 thousand samples (200 thousand more there); samples are kept as they
-    are, where people and DeepSeek-V3 rewrote those of the cold start. How long the first RL stage was is not
-    published: 158 steps are what R1-Zero's time a step leaves of R1's 41 thousand hours.
+    are, where people and DeepSeek-V3 rewrote those of the cold start; the student learns from samples of R1 (there
+    from Dev3's 800 thousand). How long the first RL stage was is not published: 158 steps are what R1-Zero's time a
+    step leaves of R1's 41 thousand hours.
     """
-    optimizer = OptimizerConfig(learning_rate=3e-6, schedule="constant", beta2=0.95)
+    optimizer = OptimizerConfig(learning_rate=3e-6, schedule="constant")
     zero = RLConfig(
         steps=650,
         num_prompts=512,
@@ -475,7 +476,7 @@ def experiment(cfg: Config, session: Session) -> None:
 
 
 FIGURES = ("mean_length", "format", "worked", "accuracy_worked", "language", "readable")
-COMPARED = (("r1", "zero"), ("r1", "zero_longer"), ("r1", "dev2"), ("dev2", "zero"), ("distilled", "student_rl"))
+COMPARED = (("r1", "zero"), ("r1", "zero_longer"), ("dev1", "zero"), ("r1", "dev3"), ("distilled", "student_rl"))
 """Differences within a seed."""
 
 
@@ -514,7 +515,7 @@ def report(cfg: Config, run: Run, results: Mapping[str, Sequence[Mapping[str, An
     counts = parameter_counts(cfg.model)
     summary = {
         "seeds": list(cfg.seeds),
-        "seconds": run.elapsed,
+        "seconds": run.metrics()[-1]["elapsed"],
         "stages": entries,
         "differences": differences,
         "kept": kept,
