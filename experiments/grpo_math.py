@@ -224,9 +224,7 @@ class Laboratory:
     def _prepare_pretraining(self) -> None:
         """The texts of the base and of the supervised control, and their compiled step."""
         from moe_jax.data.problem_text import ProblemText
-        from moe_jax.training.optimizer import make_optimizer
-        from moe_jax.training.state import make_update
-        from moe_jax.training.supervised import make_loss, make_totals
+        from moe_jax.training.supervised import SupervisedTrainer
 
         cfg = self.cfg
         self.texts = {
@@ -235,15 +233,7 @@ class Laboratory:
             )
             for purpose in ("base", "control")
         }
-        definition = self.definition.at(cfg.pretrain.precision)
-        self.optimizer = make_optimizer(cfg.pretrain.optimizer, cfg.pretrain.steps, definition)
-        self.update = make_update(
-            make_loss(definition, banned_ids=(self.tokenizer.pad_id,)),
-            make_totals(definition),
-            self.optimizer,
-            accumulation_steps=cfg.pretrain.accumulation_steps,
-            balance=cfg.model.moe,
-        )
+        self.pretrainer = SupervisedTrainer(self.definition, cfg.pretrain, banned_ids=(self.tokenizer.pad_id,))
 
     def start(self) -> TrainState:
         """The model that GRPO starts from: a checkpoint's, or the base that is trained here."""
@@ -260,13 +250,9 @@ class Laboratory:
     def pretrain(self) -> TrainState:
         """The base model."""
         from moe_jax.rng import random_key
-        from moe_jax.training.state import init_state
-        from moe_jax.training.supervised import train_supervised
 
-        cfg, session = self.cfg, self.session
-        state = init_state(self.definition, self.optimizer, random_key(cfg.seed, "weights"), session.mesh)
-        steps = cfg.pretrain.steps
-        return train_supervised(session, "base", self.update, state, self.texts["base"], steps, cfg.checkpoint)
+        cfg, key = self.cfg, random_key(self.cfg.seed, "weights")
+        return self.pretrainer.from_scratch(self.session, "base", key, self.texts["base"], cfg.checkpoint)
 
     def pretrain_longer(self, base: TrainState) -> TrainState:
         """A control: the base's training goes on for as many completion tokens as GRPO drew."""
@@ -285,7 +271,7 @@ class Laboratory:
         text.set_state(start)
         steps = max(round(sum(row["num_tokens"] for row in rows) / tokens_a_batch), 1)
         copy = jax.tree.map(jnp.copy, base)
-        return train_supervised(session, "control", self.update, copy, text, steps, cfg.checkpoint)
+        return train_supervised(session, "control", self.pretrainer.update, copy, text, steps, cfg.checkpoint)
 
     def reinforce(self, phase: str, base: TrainState) -> TrainState:
         """GRPO on a copy of the base; `phase` names the environment, and so the reward."""
@@ -302,35 +288,20 @@ class Laboratory:
 
     def held_out(self, name: str, state: TrainState) -> dict[str, Any]:
         """Evaluates a model on the held-out problems, once: a resumed run reads the result."""
-        from moe_jax.rl.evaluation import evaluate
-        from moe_jax.rng import random_key
-        from moe_jax.training.run import Progress
+        from moe_jax.rl.evaluation import held_out
 
-        file = f"evaluations/{name}.json"
-        if (known := self.run.result(file)) is not None:
-            return known
-        with Progress(f"evaluate {name}", len(self.problems)) as progress:
-
-            def between(done: int, total: int) -> None:
-                progress.update(done)
-                self.session.guard.check()
-
-            result = evaluate(
-                self.sample,
-                state.params,
-                state.rest,
-                self.source,
-                self.problems,
-                self.tokenizer,
-                self.cfg.evaluation,
-                prompt_length=self.cfg.prompt_length,
-                key=random_key(self.cfg.seed, "evaluation"),
-                between=between,
-            )
-        self.run.write_json(file, result)
-        row = {"pass_at_1": result["pass_at_1"]["mean"], "worked": result["worked"]}
-        self.run.log(f"evaluate_{name}", 0, row)
-        return result
+        return held_out(
+            self.session,
+            name,
+            lambda: state,
+            self.sample,
+            self.source,
+            self.problems,
+            self.tokenizer,
+            self.cfg.evaluation,
+            prompt_length=self.cfg.prompt_length,
+            seed=self.cfg.seed,
+        )
 
     def too_long(self) -> dict[str, int]:
         """How much had no room (`prompt_length`, `pretrain.sequence_length`), in this session."""

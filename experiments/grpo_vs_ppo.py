@@ -57,7 +57,6 @@ from moe_jax.training.experiment import Session, main
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from moe_jax.model.definition import Arrays
     from moe_jax.training.run import Run
     from moe_jax.training.state import TrainState
 
@@ -189,15 +188,12 @@ class Laboratory:
     def base(self, seed: int) -> TrainState:
         """The model that a seed's methods start from."""
         from moe_jax.rng import random_key
-        from moe_jax.training.state import init_state
-        from moe_jax.training.supervised import train_supervised
 
         cfg, shared = self.cfg, self.shared
         if cfg.init:
             return shared.start()
-        state = init_state(shared.definition, shared.optimizer, random_key(seed, "weights"), self.session.mesh)
-        data, steps = self.of_seed[seed].texts["base"], cfg.pretrain.steps
-        return train_supervised(self.session, f"base-seed{seed}", shared.update, state, data, steps, cfg.checkpoint)
+        key, data = random_key(seed, "weights"), self.of_seed[seed].texts["base"]
+        return shared.pretrainer.from_scratch(self.session, f"base-seed{seed}", key, data, cfg.checkpoint)
 
     def result(self, variant: Variant, seed: int, base: TrainState) -> dict[str, Any]:
         """Trains a policy and evaluates it, once: a resumed run reads the result."""
@@ -209,39 +205,26 @@ class Laboratory:
         state = self.trainers[variant.name].train(
             self.session, phase, environment, base.params, base.rest, seed=seed, checkpoint=self.cfg.checkpoint
         )
-        return self.held_out(phase, seed, state.params, state.rest)
+        return self.held_out(phase, seed, state)
 
-    def held_out(self, name: str, seed: int, params: Arrays, rest: Arrays) -> dict[str, Any]:
+    def held_out(self, name: str, seed: int, state: TrainState) -> dict[str, Any]:
         """Accuracy on the seed's held-out problems, once."""
-        from moe_jax.rl.evaluation import evaluate
-        from moe_jax.rng import random_key
-        from moe_jax.training.run import Progress
+        from moe_jax.rl.evaluation import held_out
 
-        file = f"evaluations/{name}.json"
-        if (known := self.run.result(file)) is not None:
-            return known
         lab = self.of_seed[seed]
-        policy = {name: params[name] for name in lab.definition.param_names}  # without the head of a shared critic
-        with Progress(f"evaluate {name}", len(lab.problems)) as progress:
-
-            def between(done: int, total: int) -> None:
-                progress.update(done)
-                self.session.guard.check()
-
-            result = evaluate(
-                self.shared.sample,
-                policy,
-                rest,
-                lab.source,
-                lab.problems,
-                lab.tokenizer,
-                self.cfg.evaluation,
-                prompt_length=self.cfg.prompt_length,
-                key=random_key(seed, "evaluation"),
-                between=between,
-            )
-        self.run.write_json(file, result)
-        return result
+        policy = {name: state.params[name] for name in lab.definition.param_names}  # less the head of a shared critic
+        return held_out(
+            self.session,
+            name,
+            lambda: state._replace(params=policy),
+            self.shared.sample,
+            lab.source,
+            lab.problems,
+            lab.tokenizer,
+            self.cfg.evaluation,
+            prompt_length=self.cfg.prompt_length,
+            seed=seed,
+        )
 
     def memory(self, variant: Variant, base: TrainState) -> dict[str, Any]:
         """What a variant holds and needs, from one step that is thrown away; measured once."""
@@ -262,7 +245,7 @@ def experiment(cfg: Config, session: Session) -> None:
     memory: dict[str, dict[str, Any]] = {}
     for seed in cfg.seeds:  # a seed's methods one after another: comparable before the last seed has come
         base = lab.base(seed)
-        results["base"].append(lab.held_out(f"base-seed{seed}", seed, base.params, base.rest))
+        results["base"].append(lab.held_out(f"base-seed{seed}", seed, base))
         for variant in variants(cfg):
             if variant.name not in memory:
                 memory[variant.name] = lab.memory(variant, base)

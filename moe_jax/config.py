@@ -787,8 +787,11 @@ class EvaluationConfig:
     """Completions per problem at temperature 1: pass@1 is their mean accuracy, cons@k their majority's."""
     batch_size: int = 256
     """Problems sampled at a time."""
+    language: Literal["", "latin", "zh", "ja", "ko", "ru", "ar", "el", "he", "hi", "th"] = ""
+    """Measure how much of the thinking is in this language, by script (as `RewardConfig.language`); empty: do not."""
 
     def __post_init__(self) -> None:
+        _require_literals(self)
         _require_positive(self, "samples", "batch_size")
 
 

@@ -300,6 +300,30 @@ def plot_points(path: Path, title: str, points: Sequence[Point], xlabel: str, yl
     _save(figure, path)
 
 
+def plot_named(path: Path, title: str, names: Sequence[str], panels: Sequence[Panel]) -> None:
+    """Writes one PNG of values that belong to names, not to steps: markers, with their intervals as bars.
+
+    `steps` of the panels' series are places in `names`, from 0; levels are not drawn.
+    """
+    figure, axes = _figure(title, len(panels))
+    for ax, panel in zip(axes, panels, strict=True):
+        for number, curve in enumerate(panel.series):
+            values = np.array(curve.values, float)
+            bars = np.array([values - curve.low, curve.high - values]) if len(curve.low) else None
+            shift = 0.16 * (number - (len(panel.series) - 1) / 2)
+            places = np.array(curve.steps, float) + shift
+            ax.errorbar(places, values, yerr=bars, fmt=curve.marker, color=curve.color, capsize=3, label=curve.label)
+        ax.set_ylabel(panel.ylabel)
+        if panel.share:
+            ax.set_ylim(0, 1.03)
+            ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        elif panel.from_zero:
+            ax.set_ylim(bottom=0)
+        _legends(ax, panel)
+    axes[-1].set_xticks(range(len(names)), names, rotation=20)
+    _save(figure, path)
+
+
 _FEWEST_TO_SMOOTH = 10
 """Fewer values are joined as they are."""
 

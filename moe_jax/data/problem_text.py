@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from moe_jax.data import DataError
 from moe_jax.data.packing import packed_batches
 from moe_jax.data.problems import Document, Problem, ProblemSource
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.rng import random_generator
 
 _DOCUMENTS_AT_A_TIME = 256
 _TOO_MANY = 2048
@@ -64,6 +65,37 @@ class AskedProblems(ProblemSource):
         return replace(problem, prompt=text, chat=self._chat)
 
 
+class DocumentSource(Protocol):
+    """Supervised text without end; every `ProblemSource` is one."""
+
+    def documents(self, step: int, count: int, purpose: str) -> list[Document]:
+        """`count` documents; the same arguments give the same ones, always."""
+        ...
+
+
+class FixedDocuments:
+    """Documents that are there, in a new order every epoch.
+
+    Raises:
+        DataError: there are none.
+    """
+
+    def __init__(self, documents: Sequence[Document], seed: int):
+        if not documents:
+            raise DataError("no document to train on: sample more, or filter less")
+        self._documents, self._seed = documents, seed
+
+    def documents(self, step: int, count: int, purpose: str) -> list[Document]:
+        size, orders = len(self._documents), {}
+        found = []
+        for place in range(step * count, (step + 1) * count):
+            epoch, index = divmod(place, size)
+            if epoch not in orders:
+                orders[epoch] = random_generator(self._seed, f"{purpose} epoch", epoch).permutation(size)
+            found.append(self._documents[orders[epoch][index]])
+        return found
+
+
 class ProblemText:
     """Batches of packed documents [B, S] of a problem source; an iterator whose place is how many documents it used.
 
@@ -75,7 +107,7 @@ class ProblemText:
     """
 
     def __init__(
-        self, source: ProblemSource, tokenizer: Tokenizer, batch_size: int, sequence_length: int, purpose: str
+        self, source: DocumentSource, tokenizer: Tokenizer, batch_size: int, sequence_length: int, purpose: str
     ):
         if not tokenizer.stop_ids:
             raise DataError("the tokenizer names no end-of-text token: add eos_token to its tokenizer_config.json")

@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.config import RewardConfig
 from moe_jax.data import DataError
 from moe_jax.data.problems import Problem, ProblemSource
-from moe_jax.rl.rewards import extra_parts, format_reward, judge, total_reward, worked
+from moe_jax.rl.rewards import extra_parts, format_reward, judge, readable, total_reward, worked
 
 
 class Completion(NamedTuple):
@@ -62,8 +62,9 @@ class VerifiableEnvironment:
     """Rewards from rules alone, as DeepSeek-R1-Zero's: exact answers and the format of the completion.
 
     The parts are `reward`, `accuracy`, `format`, those that `RewardConfig` gives a weight (`credit` with
-    `partial_credit`), `worked` (1 if the thinking shows working), and `level` where the source has a curriculum, whose
-    level rises with the accuracies observed. The last two are logged, never rewarded. With `RewardConfig.random` the
+    `partial_credit`), `worked` (1 if the thinking shows working), `readable` (1 if it is well formed and wholly in the
+    `language`, where one is given), and `level` where the source has a curriculum, whose level rises with the
+    accuracies observed. The last three are logged, never rewarded. With `RewardConfig.random` the
     reward is a fair coin that does not look at the completion; the other parts are still what they are.
     """
 
@@ -73,9 +74,11 @@ class VerifiableEnvironment:
         cfg: RewardConfig,
         purpose: str = "rl",
         fits: Callable[[Problem], bool] = lambda problem: True,
+        language: str = "",
     ):
         """`fits` says whether a problem can be used, its prompt not being too long; others are drawn in its place."""
         self._source, self._cfg, self._purpose, self._fits = source, cfg, purpose, fits
+        self._language = language
         self._accuracies: dict[int, float] = {}
         self.skipped = 0
         """Problems that did not fit, so far."""
@@ -116,6 +119,8 @@ class VerifiableEnvironment:
             parts |= extra_parts(one.text, one.tokens, one.room, self._cfg)
             reward = float(one.rng.integers(2)) if self._cfg.random else total_reward(parts, self._cfg)
             parts = {"reward": reward, **parts, "worked": float(worked(one.text, self._source.works_in_equations))}
+            if self._language:
+                parts["readable"] = float(one.finished and readable(one.text, self._language))
             if self._source.levels.count > 1:
                 parts["level"] = float(self.level)
             scores.append(parts)

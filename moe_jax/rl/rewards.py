@@ -91,6 +91,14 @@ def language_reward(text: str, language: str) -> float | None:
     return sum(bool(_SCRIPTS[language].fullmatch(word)) for word in words) / len(words)
 
 
+def readable(text: str, language: str) -> bool:
+    """Whether a reader of the language can follow it: well formed, and all words of its thinking are in the language.
+
+    A thinking without a word cannot be followed.
+    """
+    return parse_completion(text).well_formed and language_reward(text, language) == 1
+
+
 _HAN, _KANA = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "\u3040-\u30ff"
 _MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u097f\u0e00-\u0e7f"
 _WORD = re.compile(rf"[{_HAN}{_KANA}]|(?:(?![{_HAN}{_KANA}])(?:[^\W\d_]|[{_MARKS}]))+")

@@ -217,6 +217,10 @@ class Run:
         with _writing(self.dir):
             _write(self.path(name), "".join(_dumps(row) + "\n" for row in rows))
 
+    def rows(self, name: str) -> list[dict[str, Any]] | None:
+        """What `write_rows` wrote, by this session or an earlier one, or None; for all processes, as `result`."""
+        return gather(_read_rows(self.dir / name) if self.writes and (self.dir / name).exists() else None)[0]
+
     def _rows(self) -> list[dict[str, Any]]:
         rows = _read_rows(self.dir / "metrics.jsonl")
         return [{name: math.nan if value is None else _from_json(value) for name, value in row.items()} for row in rows]

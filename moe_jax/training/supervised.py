@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moe_jax.config import CheckpointConfig, MoEConfig, MTPConfig
+from moe_jax.config import CheckpointConfig, MoEConfig, MTPConfig, TrainConfig
 from moe_jax.data import DataError
 from moe_jax.losses import SumCount
 from moe_jax.losses.balance import (
@@ -33,7 +33,19 @@ from moe_jax.model.transformer import ModelOutput, Transformer
 from moe_jax.sharding import put_batch, replicate, token_shards
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
-from moe_jax.training.state import Batch, CountTotals, Loss, LossOutput, TrainState, Update, micro_batches
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import (
+    Batch,
+    CountTotals,
+    Loss,
+    LossOutput,
+    TrainState,
+    Update,
+    init_state,
+    make_update,
+    micro_batches,
+    start_state,
+)
 
 
 class Totals(NamedTuple):
@@ -237,3 +249,32 @@ def train_supervised(
         return update(state, put_batch(next(data), session.mesh, num_rows))
 
     return run_phase(session.run, session.guard, phase, steps, state, body, checkpoint=checkpoint, data=data)
+
+
+class SupervisedTrainer:
+    """The compiled parts of supervised training, shared by phases that differ in start or data only.
+
+    Nothing in `banned_ids` (padding) is ever predicted.
+    """
+
+    def __init__(self, definition: Definition, cfg: TrainConfig, banned_ids: tuple[int, ...] = ()):
+        self.definition, self.cfg = definition, cfg
+        self.optimizer = make_optimizer(cfg.optimizer, cfg.steps, definition)
+        computed = definition.at(cfg.precision)
+        loss, totals = make_loss(computed, banned_ids), make_totals(computed)
+        options: dict[str, Any] = {"accumulation_steps": cfg.accumulation_steps, "balance": definition.cfg.moe}
+        self.update = make_update(loss, totals, self.optimizer, **options)
+
+    def from_scratch(
+        self, session: Session, phase: str, key: Array, data: Any, checkpoint: CheckpointConfig
+    ) -> TrainState:
+        """Trains new weights for `cfg.steps` steps on `data`, as `train_supervised` reads it."""
+        state = init_state(self.definition, self.optimizer, key, session.mesh)
+        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint)
+
+    def fine_tune(
+        self, session: Session, phase: str, params: Arrays, rest: Arrays, data: Any, checkpoint: CheckpointConfig
+    ) -> TrainState:
+        """The same with a copy of given weights, under a fresh optimizer."""
+        state = start_state(self.definition, self.optimizer, params, rest, session.mesh)
+        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint)

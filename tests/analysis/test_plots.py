@@ -15,6 +15,7 @@ from moe_jax.analysis.plots import (
     plot_curves,
     plot_expert_load,
     plot_grpo,
+    plot_named,
     plot_points,
     series,
     smooth,
@@ -173,3 +174,13 @@ def test_points_show_intervals_that_are_finite(tmp_path, figures):
     (ax,) = figures["x.png"].axes
     assert {"a", "b", "violation", "loss"} <= set(labels(figures["x.png"]))
     assert [(container.has_xerr, container.has_yerr) for container in ax.containers] == [(True, True), (False, True)]
+
+
+def test_named_values_stand_over_their_names(tmp_path, figures):
+    curves = [Series("a", range(2), [0.2, 0.4], "#000000", low=[0.1, 0.3], high=[0.3, 0.6])]
+    curves.append(Series("b", range(2), [0.3, 0.5], "#0072B2"))
+    plot_named(tmp_path / "x.png", "Title", ["zero", "dev1"], [Panel("share", curves, share=True)])
+    (ax,) = figures["x.png"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["zero", "dev1"]
+    assert [container.has_yerr for container in ax.containers] == [True, False]
+    np.testing.assert_allclose([c.lines[0].get_xdata().mean() for c in ax.containers], [0.42, 0.58])

@@ -5,8 +5,8 @@ import pytest
 
 from moe_jax.config import ProblemConfig
 from moe_jax.data import DataError
-from moe_jax.data.problem_text import ProblemText, encode_prompt
-from moe_jax.data.problems import load_problems
+from moe_jax.data.problem_text import FixedDocuments, ProblemText, encode_prompt
+from moe_jax.data.problems import Document, load_problems
 from moe_jax.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -58,3 +58,14 @@ def test_long_documents_are_counted_and_none_that_fits_is_an_error():
     assert short.skipped > 0 and all(len(tokens) <= 16 for tokens, _ in documents(batch))
     with pytest.raises(DataError, match="sequence-length"):
         next(text(length=4))
+
+
+def test_fixed_documents_are_all_used_before_any_comes_again():
+    kept = [Document(f"{n}?", f"<answer>{n}</answer><eos>", False) for n in range(7)]
+    source = FixedDocuments(kept, seed=0)
+    found = [one for step in range(7) for one in source.documents(step, 3, "sft")]
+    epochs = [found[start : start + 7] for start in range(0, 21, 7)]
+    assert all(set(epoch) == set(kept) for epoch in epochs) and epochs[0] != epochs[1]
+    assert FixedDocuments(kept, seed=0).documents(4, 3, "sft") == found[12:15]
+    with pytest.raises(DataError, match="sample more"):
+        FixedDocuments([], seed=0)

@@ -124,6 +124,28 @@ def test_balancing_is_compared_from_a_sparse_checkpoint(tmp_path, checkpoint, en
     assert "a dense model has no load to balance" in refused
 
 
+@pytest.mark.slow
+def test_r1_asks_a_checkpoint_through_the_papers_template_and_says_what_its_samples_lack(
+    tmp_path, checkpoint, environment
+):
+    rl = """--{0}.steps 1 --{0}.num-prompts 2 --{0}.group-size 2 --{0}.num-minibatches 1 --{0}.accumulation-steps 1
+        --{0}.sampling.max-new-tokens 4 --{0}.min-active-groups 0"""
+    small = " ".join(rl.format(stage) for stage in ("zero", "language-rl", "final-rl"))
+    small += "".join(f" --{stage}.train.sequence-length 64" for stage in ("cold-start", "rejection", "distillation"))
+    small += (
+        " --mesh.data 1 --prompt-length 500 --data.test-problems 8 --evaluation.samples 2 --cold-start.max-batches 1"
+    )
+    small += " --cold-start.samples 2"
+    run = tmp_path / "run"
+    arguments = ["--init", checkpoint, "--student", checkpoint, "--run-dir", run, *small.split()]
+    refused = experiment(environment, "r1", *arguments, ok=False)
+    assert "Traceback" not in refused
+    assert "cold_start-seed0: of 1 batches of samples only 0 of 5000 are right and readable" in refused
+    assert {path.stem for path in (run / "evaluations").iterdir()} == {"base-seed0", "zero-seed0"}
+    sample = json.loads((run / "rollouts/zero-seed0/000001.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].startswith("A conversation between User and Assistant") and "readable" in sample
+
+
 def test_what_the_checkpoint_decides_is_refused(tmp_path, checkpoint, environment):
     def mistake(*arguments):
         stderr = experiment(environment, "grpo_math", "--run-dir", tmp_path / "run", *arguments, ok=False)

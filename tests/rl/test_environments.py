@@ -36,6 +36,17 @@ def test_parts_of_right_wrong_and_malformed_completions():
     assert score(environment, problem, right, False) == {"reward": 0, "accuracy": 0, "format": 0, "worked": 1}
 
 
+def test_readability_is_told_and_not_rewarded():
+    environment = VerifiableEnvironment(SOURCE, RewardConfig(), language="latin")
+    problem = environment.problems(0, 1)[0]
+    for word, expected in (("and", 1), ("加", 0)):
+        think = problem.worked.replace("+", word)
+        text = f"<think>{think}</think><answer>{problem.answer}</answer><eos>"
+        parts = {"reward": 1.1, "accuracy": 1, "format": 1, "worked": 1, "readable": expected}
+        assert score(environment, problem, text) == pytest.approx(parts)
+        assert score(environment, problem, text, finished=False)["readable"] == 0
+
+
 def test_problems_are_those_of_the_purpose():
     environment = VerifiableEnvironment(SOURCE, RewardConfig(), purpose="control")
     assert environment.problems(5, 8) == SOURCE.sample(5, 8, "control")

@@ -10,6 +10,7 @@ from moe_jax.rl.rewards import (
     judge,
     language_reward,
     parse_completion,
+    readable,
     repetition_penalty,
     total_reward,
     worked,
@@ -157,6 +158,21 @@ def test_language_is_the_share_of_words_in_its_script(text, language, share):
 
 def test_language_of_a_completion_without_thinking_says_nothing():
     assert language_reward("Just words", "latin") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>7and1=8</think><answer>8</answer>", True),
+        ("<think>7and1=8加1=9</think><answer>9</answer>", False),  # mixed
+        ("<think>7加1=8</think><answer>8</answer>", False),  # another language
+        ("<think>7+1=8</think><answer>8</answer>", False),  # nothing to read
+        ("<think></think><answer>8</answer>", False),
+        ("<think>7and1=8</think><answer>8", False),  # not well formed
+    ],
+)
+def test_readable_is_well_formed_and_wholly_in_the_language(text, expected):
+    assert readable(text, "latin") == expected
 
 
 def test_repetition_counts_ngrams_that_were_there_before():
