@@ -724,6 +724,11 @@ class RLConfig:
     """Optimizer updates per pass."""
     accumulation_steps: int = 1
     """Micro-batches that a minibatch is divided into."""
+    share_prompts: bool = True
+    """Train the samples of a group in one row behind their prompt, P + G·N tokens instead of G·(P + N), each of which
+    sees the prompt and itself. Losses, gradients and metrics are the same but for rounding; minibatches are then of
+    whole groups where these divide into them. On a mesh with an axis `context`, which divides sequences, every sample
+    still has a row of its own."""
     mask_truncated_completions: bool = False
     """Leave completions that did not stop by themselves out of the loss."""
     min_active_groups: float = 0.05

@@ -30,15 +30,22 @@ from moe_jax.rl.grpo import (
     minibatches,
     rollout,
     sample_advantages,
+    samples_in_row,
+    shared_rows,
+    split_rows,
     totals,
 )
 from moe_jax.rl.ppo import SeparateCritic, add_token_advantages, make_values, with_value_head
 from moe_jax.rng import random_key
-from moe_jax.sharding import put_batch, replicate
+from moe_jax.sharding import put_batch, replicate, row_devices
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import Batch, TrainState, make_update, start_state
+
+
+PHASES = ("generate", "score", "reference", "update")
+"""The parts of a step's time; each has a metric `time/…`, in seconds, and its share of their sum, `time/share/…`."""
 
 
 class PolicyState(NamedTuple):
@@ -163,14 +170,14 @@ class PolicyTrainer:
         samples = filled_rollout(sample_batch, cfg, step) if cfg.filter_groups else sample_batch(step)
         between()
         started = time.perf_counter()
-        metrics = dict(samples.metrics)
+        metrics = samples.metrics | {"time/reference": 0.0}
         metrics["update_skipped"] = float(_active(samples, cfg) < cfg.min_active_groups)
         if not metrics["update_skipped"]:
             batch, samples, found = self._complete(samples, state._replace(reference=reference), mesh)
-            metrics |= found
+            metrics |= found | {"time/reference": time.perf_counter() - started}
             parts = []
-            for minibatch in minibatches(batch, cfg, seed, step):
-                placed = put_batch(minibatch, mesh)
+            for minibatch in minibatches(shared_rows(batch, samples_in_row(cfg)), cfg, seed, step):
+                placed = put_batch(split_rows(minibatch, self._samples_in_row(mesh)), mesh)
                 train, part = self.update(train, placed)
                 if self.critic and critic:
                     critic, learned = self.critic.update(critic, placed)
@@ -178,10 +185,10 @@ class PolicyTrainer:
                     part["critic/grad_norm"] = learned["grad_norm"]
                 parts.append(part)
             metrics |= _mean_over_updates(jax.device_get(parts))
-        metrics["time/update"] = time.perf_counter() - started
-        metrics["tokens_per_second"] = metrics["num_tokens"] / sum(
-            metrics[f"time/{part}"] for part in ("generate", "score", "update")
-        )
+        metrics["time/update"] = time.perf_counter() - started - metrics["time/reference"]
+        total = sum(metrics[f"time/{phase}"] for phase in PHASES)
+        metrics |= {f"time/share/{phase}": metrics[f"time/{phase}"] / total for phase in PHASES}
+        metrics["tokens_per_second"] = metrics["num_tokens"] / total
         return PolicyState(*train, reference, critic), metrics, samples.rows(step + 1)
 
     def _complete(
@@ -194,11 +201,12 @@ class PolicyTrainer:
         """
         cfg, loss = self.cfg, self.cfg.loss
         batch = samples.batch(cfg.mask_truncated_completions)
-        placed = put_batch(batch, mesh)
+        placed = put_batch(shared_rows(batch, self._samples_in_row(mesh)), mesh)
+        shape = batch["mask_BN"].shape
         metrics: dict[str, float] = {}
         penalties_BN: np.ndarray | float = 0.0
         if loss.beta:
-            ref_logprobs_BN = np.asarray(self.logprobs(state.reference, state.rest, placed))
+            ref_logprobs_BN = np.asarray(self.logprobs(state.reference, state.rest, placed)).reshape(shape)
             if loss.kl_in == "loss":
                 batch["ref_logprobs_BN"] = ref_logprobs_BN
             else:
@@ -209,7 +217,7 @@ class PolicyTrainer:
                 metrics["kl"] = float(np.sum(kl_BN) / max(np.sum(batch["mask_BN"]), 1))
         if loss.sampler_correction != "none":
             batch["sampler_logprobs_BN"] = batch["old_logprobs_BN"]
-            batch["old_logprobs_BN"] = np.asarray(self.logprobs(state.params, state.rest, placed))
+            batch["old_logprobs_BN"] = np.asarray(self.logprobs(state.params, state.rest, placed)).reshape(shape)
         rewards_B = np.array([part["reward"] for part in samples.parts], np.float32)
         if self.values:
             model = state.critic or state
@@ -221,6 +229,12 @@ class PolicyTrainer:
             batch["advantages_B"] = sample_advantages(rewards_B - np.sum(penalties_BN, axis=1), cfg)[0]
             samples = samples._replace(advantages_B=batch["advantages_B"])
         return batch, samples, metrics
+
+    def _samples_in_row(self, mesh: Any) -> int:
+        """Where sequences are divided over devices, every sample has a row of its own."""
+        if mesh.shape["context"] > 1:
+            return 1
+        return samples_in_row(self.cfg, row_devices(mesh))
 
 
 def _active(samples: Rollout, cfg: RLConfig) -> float:

@@ -289,6 +289,6 @@ def repeat_and_extend(cache: Cache, times: int, columns: int) -> Cache:
 def repeat_entries(entries: Entries, times: int, columns: int) -> Entries:
     def grow(x_LBT: Array) -> Array:
         x_LBT = jnp.repeat(x_LBT, times, axis=1)
-        return jnp.pad(x_LBT, [(0, 0), (0, 0), (0, columns)] + [(0, 0)] * (x_LBT.ndim - 3))
+        return jnp.pad(x_LBT, [(0, 0)] * (x_LBT.ndim - 2) + [(0, columns), (0, 0)])
 
     return Entries(*map(grow, entries))
