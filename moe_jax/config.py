@@ -472,10 +472,19 @@ class SamplingConfig:
     speculative_tokens: int = 0
     """Tokens that the multi-token prediction modules draft and the model checks in one pass; 0 decodes one by one. The
     draws' distribution is the same."""
+    slots: int = 0
+    """Rows that are decoded at a time; those that wait take the places of finished ones (continuous batching). 0: all
+    rows at once. The samples do not depend on it."""
+    compactions: int = 0
+    """How often the rows decoded at a time are halved, once half of them have finished and none waits. The samples do
+    not depend on it; each size is compiled by itself."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_new_tokens")
-        _require_not_negative(self, "temperature", "top_k", "speculative_tokens")
+        _require_not_negative(self, "temperature", "top_k", "speculative_tokens", "slots", "compactions")
+        for name in ("slots", "compactions"):
+            drafts = self.speculative_tokens and getattr(self, name)
+            _require(not drafts, self, name, "has no effect with speculative_tokens; set it to 0")
         _require_fraction(self, "top_p", "min_p")
         _require(self.top_p > 0, self, "top_p", "must be greater than 0")
 

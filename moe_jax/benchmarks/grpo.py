@@ -1,4 +1,4 @@
-"""How fast a step of GRPO is, phase by phase, beside what the machine can multiply (`python -m moe_jax benchmark grpo`).
+"""How fast a step of GRPO is, beside what the machine can multiply (`python -m moe_jax benchmark grpo`).
 
 A step is what `PolicyTrainer.step` does: sampling a group for each prompt, scoring, the reference's log-probabilities
 and the update. The model is a dense one of 5 M parameters, as small as the cores' caches, with random weights; no
@@ -76,6 +76,9 @@ class GRPOBenchmark:
     beta: float = 0.001
     stop_tokens: int = 0
     """So many of the vocabulary's tokens end a completion; 0: all completions have full length."""
+    slots: int = 0
+    compactions: int = 0
+    """As in `SamplingConfig`."""
     repeats: int = 5
     """Steps, after one that compiles."""
     model: ModelConfig = field(default_factory=dense_model)
@@ -190,7 +193,9 @@ class _Contender:
             share_prompts=share_prompts,
             min_active_groups=0.0,
             loss=PolicyLossConfig(beta=config.beta),
-            sampling=SamplingConfig(max_new_tokens=config.completion_tokens),
+            sampling=SamplingConfig(
+                max_new_tokens=config.completion_tokens, slots=config.slots, compactions=config.compactions
+            ),
             optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup_steps=0),
         )
         definition = Definition.of(config.model)
@@ -242,11 +247,8 @@ def benchmark_grpo(config: GRPOBenchmark) -> Results:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     rate, best = _matrix_meter(), 0.0
     with jax.set_mesh(mesh):
-        contenders = [
-            _Contender(config, length, share, mesh)
-            for length in config.prompt_lengths
-            for share in config.share_prompts
-        ]
+        kinds = [(length, share) for length in config.prompt_lengths for share in config.share_prompts]
+        contenders = [_Contender(config, length, share, mesh) for length, share in kinds]
         for number in range(config.repeats + 1):
             print(f"step {number} of {config.repeats}", file=sys.stderr, flush=True)
             for contender in contenders:
@@ -295,7 +297,8 @@ def table(results: Results) -> str:
     head = ["prompt", "phase", "s", "share", "GFLOP", "GFLOP/s", "of rate", "completion tokens/s"]
     return (
         f"{env['platform']} ({env['device']}, {env['machine']}), {env['cores']} cores, jax {env['jax']},"
-        f" {config.model.dtype}; matrix rate {results.gflops_per_s:.0f} GFLOP/s ({_MATRIX} × {_MATRIX}, best reading)\n\n"
+        f" {config.model.dtype}; matrix rate {results.gflops_per_s:.0f} GFLOP/s ({_MATRIX} × {_MATRIX}, best reading)"
+        "\n\n"
         f"{results.parameters / 1e6:.2f} M parameters; {config.prompts} prompts × {config.group_size} samples ×"
         f" {config.completion_tokens} tokens, beta {config.beta:g}; medians of {config.repeats} steps\n"
         + aligned(head, lines)

@@ -76,7 +76,8 @@ class RouterStats(NamedTuple):
 
 
 def router_stats(routed: RouterOutput, counted_BS: Array, dropped_T: Array, cfg: MoEConfig) -> RouterStats:
-    """Sums a layer's routing over the tokens of each sequence that count (padding never); `dropped_T` of a token's assignments were dropped.
+    """Sums a layer's routing over those tokens of each sequence that count; `dropped_T` of a token's assignments were
+    dropped.
 
     At a few thousand tokens and hundreds of experts every pass over [T, E] shows in the step's time. So there are few,
     and what nobody reads is left for the compiler to remove.

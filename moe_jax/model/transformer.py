@@ -108,9 +108,10 @@ class Transformer(nnx.Module):
             valid_BT = write(cache.valid_BT[..., None], valid_BS[..., None], None, column)[..., 0]
             cache = cache._replace(valid_BT=valid_BT, length=column + tokens_BS.shape[1])
         if cache is not None and decode:
-            column_BS = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BS.shape[1])
-            seen_BST = jnp.arange(cache.valid_BT.shape[1]) <= column_BS[:, :, None]
-            seen = cache.valid_BT[:, None, :] & seen_BST
+            seen = cache.valid_BT[:, None, :]
+            if tokens_BS.shape[1] > 1:  # a single token sees all that is valid, wherever it stands
+                column_BS = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BS.shape[1])
+                seen &= jnp.arange(cache.valid_BT.shape[1]) <= column_BS[:, :, None]
             cache = cache._replace(dense=_by_rows(cache.dense), moe=_by_rows(cache.moe))
         else:
             seen = Tokens(valid_BS.astype(jnp.int32) if segment_ids_BS is None else segment_ids_BS, place_1S)

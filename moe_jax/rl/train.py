@@ -43,7 +43,6 @@ from moe_jax.training.loop import run_phase
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import Batch, TrainState, make_update, start_state
 
-
 PHASES = ("generate", "score", "reference", "update")
 """The parts of a step's time; each has a metric `time/…`, in seconds, and its share of their sum, `time/share/…`."""
 

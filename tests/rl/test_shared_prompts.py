@@ -33,12 +33,14 @@ from moe_jax.rl.grpo import (
 from moe_jax.sharding import make_mesh, put_batch
 
 PAD, V = 0, 23
+ONE, DENSE = MeshConfig(data=1), MoEConfig()
 LATENT = AttentionConfig(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
 GROUPED = AttentionConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=8)
 SPARSE = MoEConfig(num_experts=4, num_experts_per_token=2, num_shared_experts=1, expert_size=16)
+HASHED = replace(SPARSE, routing="hash", selection_bias=False, bias_update_rate=0.0, sequence_balance_coef=0.0)
 
 
-def config(attention, moe=MoEConfig()):
+def config(attention, moe=DENSE):
     return ModelConfig(
         vocab_size=V,
         hidden_size=32,
@@ -56,9 +58,7 @@ MODELS = {
     "latent": config(LATENT),
     "sparse": config(GROUPED, SPARSE),
     "sparse, latent": config(LATENT, SPARSE),
-    "hash": config(
-        GROUPED, replace(SPARSE, routing="hash", selection_bias=False, bias_update_rate=0.0, sequence_balance_coef=0.0)
-    ),
+    "hash": config(GROUPED, HASHED),
 }
 
 
@@ -93,7 +93,7 @@ RL = RLConfig(
 )
 
 
-def loss_and_gradient(cfg, batch, mesh_cfg=MeshConfig(data=1)):
+def loss_and_gradient(cfg, batch, mesh_cfg=ONE):
     definition = Definition.of(cfg)
     mesh = make_mesh(mesh_cfg)
     loss = make_loss(definition, RL, PAD)
@@ -119,7 +119,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_prompts_change_rounding_only(name):
-    """Log-probabilities, loss, gradients, metrics and router statistics; `max_position` is less than a row's columns."""
+    """Log-probabilities, loss, gradients, metrics, router statistics; `max_position` is less than a row's columns."""
     batch = batch_of()
     alone, logprobs = loss_and_gradient(MODELS[name], shared_rows(batch, 1))
     for samples in (4, 2):
