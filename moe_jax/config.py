@@ -738,6 +738,10 @@ class RLConfig:
     sees the prompt and itself. Losses, gradients and metrics are the same but for rounding; minibatches are then of
     whole groups where these divide into them. On a mesh with an axis `context`, which divides sequences, every sample
     still has a row of its own."""
+    one_step_off: bool = False
+    """Asynchrony: a step's samples are drawn by the policy that the step before began with, so that scoring and other
+    work of the host run while the device draws the next ones. The objective's ratio is to the policy that drew, whose
+    weights are kept beside the policy's; the metric `sampling/staleness` counts the updates between the two."""
     mask_truncated_completions: bool = False
     """Leave completions that did not stop by themselves out of the loss."""
     min_active_groups: float = 0.05
@@ -771,6 +775,16 @@ class RLConfig:
             "overlong_buffer",
             f"must not exceed sampling.max_new_tokens = {self.sampling.max_new_tokens}",
         )
+        if self.one_step_off:
+            _require(
+                not self.filter_groups, self, "one_step_off", "does not go with filter_groups: turn one of them off"
+            )
+            _require(
+                self.loss.surrogate != "reinforce" or self.loss.sampler_correction != "none",
+                self,
+                "one_step_off",
+                "with loss.surrogate = 'reinforce', which has no ratio, needs loss.sampler_correction",
+            )
         if self.reference_refresh_steps:
             _require(
                 self.loss.beta > 0, self, "reference_refresh_steps", "has no effect with loss.beta = 0: no reference"

@@ -308,9 +308,48 @@ def rollout(
 ) -> Rollout:
     """Samples a group for each of a step's problems, and scores it; chance depends on seed and step alone."""
     started = time.perf_counter()
+    drawing = begin_rollout(
+        environment, sample, params, rest, tokenizer, cfg, prompt_length=prompt_length, step=step, key=key
+    )
+    result = finish_rollout(drawing, environment, tokenizer, cfg, step=step, seed=seed)
+    result.metrics["time/generate"] = time.perf_counter() - started - result.metrics["time/score"]
+    return result
+
+
+class Drawing(NamedTuple):
+    """Samples that a device may still be drawing."""
+
+    problems: list[Problem]
+    prompts_PS: np.ndarray
+    mask_PS: np.ndarray
+    samples: Samples
+
+
+def begin_rollout(
+    environment: Environment,
+    sample: Generator,
+    params: Arrays,
+    rest: Arrays,
+    tokenizer: Tokenizer,
+    cfg: RLConfig,
+    *,
+    prompt_length: int,
+    step: int,
+    key: Array,
+) -> Drawing:
+    """The first half of `rollout`: does not wait for the samples."""
     problems = environment.problems(step, cfg.num_prompts)
     prompts_PS, mask_PS = encode_prompts(problems, tokenizer, prompt_length)
-    samples: Samples = jax.device_get(sample(params, rest, prompts_PS, mask_PS, key))
+    return Drawing(problems, prompts_PS, mask_PS, sample(params, rest, prompts_PS, mask_PS, key))
+
+
+def finish_rollout(
+    drawing: Drawing, environment: Environment, tokenizer: Tokenizer, cfg: RLConfig, *, step: int, seed: int
+) -> Rollout:
+    """The second half of `rollout`: waits for the samples, which is the metric `time/generate`, and scores them."""
+    started = time.perf_counter()
+    problems, prompts_PS, mask_PS = drawing[:3]
+    samples: Samples = jax.device_get(drawing.samples)
     generated = time.perf_counter()
 
     completions = decode_completions(samples, tokenizer)
