@@ -136,20 +136,25 @@ def _branches(
     """The stem by itself, then all branches, whose softmax runs over the stem's keys and their own."""
     (B, P), (_, C, N) = seen.stem_BP.shape, seen.branch_BCN.shape
     stem = Tokens(seen.stem_BP.astype(jnp.int32), jnp.arange(P)[None])
-    stems = [x[:, :P] for x in (q_BSHD, k_BSKD, v_BSKE)]
-    branches = [x[:, P:].reshape(B, C, N, *x.shape[2:]) for x in (q_BSHD, k_BSKD, v_BSKE)]
-    mixed_BPHE = attention(*stems, Causal(stem, stem), scale, implementation)
+    q_BPHD, k_BPKD, v_BPKE = (x[:, :P] for x in (q_BSHD, k_BSKD, v_BSKE))
+    q_BCNHD, k_BCNKD, v_BCNKE = (x[:, P:].reshape(B, C, N, *x.shape[2:]) for x in (q_BSHD, k_BSKD, v_BSKE))
+    mixed_BPHE = attention(q_BPHD, k_BPKD, v_BPKE, Causal(stem, stem), scale, implementation)
     if implementation is None:
         implementation = "chunked" if N * (P + N) > _MOST_SCORES else "dense"
     if implementation == "dense":
         seen_BCNN = seen.branch_BCN[:, :, None] & jnp.tril(jnp.ones((N, N), bool))
-        mixed_BCNHE = branch_attention(*branches, seen_BCNN, *stems[1:], seen.stem_BP, scale)
+        mixed_BCNHE: Array = branch_attention(q_BCNHD, k_BCNKD, v_BCNKE, seen_BCNN, k_BPKD, v_BPKE, seen.stem_BP, scale)
     else:
-        whole = [jnp.repeat(x, C, axis=0) for x in (*stems[1:], stem.segment_BS)]
-        q, k, v, segment = (x.reshape(B * C, *x.shape[2:]) for x in (*branches, seen.branch_BCN.astype(jnp.int32)))
-        k, v, segments = (jnp.concatenate(pair, axis=1) for pair in zip(whole, (k, v, segment), strict=True))
-        own, place_1T = Tokens(segment, P + jnp.arange(N)[None]), jnp.arange(P + N)[None]
-        mixed_BCNHE = attention(q, k, v, Causal(own, Tokens(segments, place_1T)), scale, implementation)
+
+        def whole(stem: Array, branch: Array) -> Array:
+            """[B·C, P + N, ...]: every branch behind a copy of its stem, for this layer alone."""
+            return jnp.concatenate([jnp.repeat(stem, C, axis=0), branch.reshape(B * C, *branch.shape[2:])], axis=1)
+
+        segment = seen.branch_BCN.astype(jnp.int32)
+        own = Tokens(segment.reshape(B * C, N), P + jnp.arange(N)[None])
+        keys = Tokens(whole(stem.segment_BS, segment), jnp.arange(P + N)[None])
+        k, v = whole(k_BPKD, k_BCNKD), whole(v_BPKE, v_BCNKE)
+        mixed_BCNHE = attention(q_BCNHD.reshape(B * C, *q_BCNHD.shape[2:]), k, v, Causal(own, keys), scale, "chunked")
     return jnp.concatenate([mixed_BPHE, mixed_BCNHE.reshape(B, C * N, *mixed_BPHE.shape[2:])], axis=1)
 
 
