@@ -10,7 +10,7 @@ import tyro
 
 from moe_jax.config import ConfigError
 from moe_jax.host_memory import keep_freed_memory
-from moe_jax.tools.benchmark import benchmark_decode, benchmark_moe
+from moe_jax.tools.benchmark import benchmark_decode, benchmark_grpo, benchmark_moe
 from moe_jax.tools.convert import convert
 from moe_jax.tools.evaluate import evaluate
 from moe_jax.tools.generate import generate
@@ -25,6 +25,7 @@ for tool in (generate, evaluate, convert, quantize, inspect_routing, rollouts):
 benchmark = app.command(tyro.extras.SubcommandApp(), name="benchmark", help="Measures speed on this machine.")
 benchmark.command(name="moe")(benchmark_moe)
 benchmark.command(name="decode")(benchmark_decode)
+benchmark.command(name="grpo")(benchmark_grpo)
 
 
 def main(args: Sequence[str] | None = None) -> int:

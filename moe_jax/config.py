@@ -472,10 +472,19 @@ class SamplingConfig:
     speculative_tokens: int = 0
     """Tokens that the multi-token prediction modules draft and the model checks in one pass; 0 decodes one by one. The
     draws' distribution is the same."""
+    slots: int = 0
+    """Rows that are decoded at a time; those that wait take the places of finished ones (continuous batching). 0: all
+    rows at once. The samples do not depend on it."""
+    compactions: int = 0
+    """How often the rows decoded at a time are halved, once half of them have finished and none waits. The samples do
+    not depend on it; each size is compiled by itself."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_new_tokens")
-        _require_not_negative(self, "temperature", "top_k", "speculative_tokens")
+        _require_not_negative(self, "temperature", "top_k", "speculative_tokens", "slots", "compactions")
+        for name in ("slots", "compactions"):
+            drafts = self.speculative_tokens and getattr(self, name)
+            _require(not drafts, self, name, "has no effect with speculative_tokens; set it to 0")
         _require_fraction(self, "top_p", "min_p")
         _require(self.top_p > 0, self, "top_p", "must be greater than 0")
 
@@ -724,6 +733,15 @@ class RLConfig:
     """Optimizer updates per pass."""
     accumulation_steps: int = 1
     """Micro-batches that a minibatch is divided into."""
+    share_prompts: bool = True
+    """Train the samples of a group in one row behind their prompt, P + G·N tokens instead of G·(P + N), each of which
+    sees the prompt and itself. Losses, gradients and metrics are the same but for rounding; minibatches are then of
+    whole groups where these divide into them. On a mesh with an axis `context`, which divides sequences, every sample
+    still has a row of its own."""
+    one_step_off: bool = False
+    """Asynchrony: a step's samples are drawn by the policy that the step before began with, so that scoring and other
+    work of the host run while the device draws the next ones. The objective's ratio is to the policy that drew, whose
+    weights are kept beside the policy's; the metric `sampling/staleness` counts the updates between the two."""
     mask_truncated_completions: bool = False
     """Leave completions that did not stop by themselves out of the loss."""
     min_active_groups: float = 0.05
@@ -757,6 +775,16 @@ class RLConfig:
             "overlong_buffer",
             f"must not exceed sampling.max_new_tokens = {self.sampling.max_new_tokens}",
         )
+        if self.one_step_off:
+            _require(
+                not self.filter_groups, self, "one_step_off", "does not go with filter_groups: turn one of them off"
+            )
+            _require(
+                self.loss.surrogate != "reinforce" or self.loss.sampler_correction != "none",
+                self,
+                "one_step_off",
+                "with loss.surrogate = 'reinforce', which has no ratio, needs loss.sampler_correction",
+            )
         if self.reference_refresh_steps:
             _require(
                 self.loss.beta > 0, self, "reference_refresh_steps", "has no effect with loss.beta = 0: no reference"

@@ -117,6 +117,11 @@ def token_shards(shape: Sequence[int]) -> tuple[int, int]:
     return devices if shape[0] % devices == 0 else 1, _devices(columns, mesh) if columns else 1
 
 
+def row_devices(mesh: Any) -> int:
+    """Over how many devices of a mesh the rows of a batch are spread, if they divide."""
+    return _devices("batch", mesh)
+
+
 def _devices(axis: str, mesh: Any) -> int:
     rule = RULES[axis] or ()
     return math.prod(mesh.shape[name] for name in ((rule,) if isinstance(rule, str) else rule))
@@ -197,7 +202,7 @@ def by_queries(f: Callable[..., jax.Array], queries: Any, keys: Any, weights: An
 
     The keys are gathered, in the backward pass once more, and their gradients reduce-scattered.
     """
-    if not _divides_sequences(jax.tree.leaves(queries)[0].shape[1]):
+    if not divides_sequences(jax.tree.leaves(queries)[0].shape[1]):
         return f(queries, keys, weights)
 
     @jax.checkpoint
@@ -322,7 +327,7 @@ def in_order(tree: Tree, axis: int = 1) -> Tree:
 
 
 def _exchange_chunks(x: jax.Array, axis: int, forth: bool) -> jax.Array:
-    if not _divides_sequences(x.shape[axis]):
+    if not divides_sequences(x.shape[axis]):
         return x
     mesh = jax.sharding.get_abstract_mesh()
     C = mesh.shape["context"]
@@ -346,7 +351,7 @@ def _exchange_chunks(x: jax.Array, axis: int, forth: bool) -> jax.Array:
     return jax.shard_map(move, in_specs=spec, out_specs=spec, axis_names=names, check_vma=False)(x)
 
 
-def _divides_sequences(length: int) -> bool:
+def divides_sequences(length: int) -> bool:
     """Whether a sequence of this length lies on several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["context"] > 1 and length % (2 * mesh.shape["context"]) == 0

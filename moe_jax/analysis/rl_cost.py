@@ -30,9 +30,10 @@ class PolicyStepCost:
     sampling_bytes: int
     """Cache and logits of all rows, and the scores of one layer in the prefill."""
     update_bytes: int
-    """Scores of one layer and what layers keep, of a micro-batch."""
+    """Scores of one layer and what layers keep, of a micro-batch whose samples each have a row of their own."""
     update_flops: int
-    """Training of all rows at full length, recomputation, the reference's and the critic's passes included."""
+    """Training of all samples at full length, recomputation, the reference's and the critic's passes included; with
+    `RLConfig.share_prompts` a group's prompt counts once."""
     sampling_read_bytes: int
     """What decoding reads at the least: all weights for each new token, and each row's cache, half full on average."""
 
@@ -67,6 +68,7 @@ def policy_step_cost(model: ModelConfig, rl: RLConfig, prompt_length: int) -> Po
     whole = _KEPT_BYTES_PER_WIDTH * width * element // 2
     kept = layers * width * element + whole if model.remat == "block" else layers * whole
     forward = training_flops_per_token(model, S) // 3
+    tokens = (rl.num_prompts if rl.share_prompts else B) * prompt_length + B * N
     passes = 3 + (1 if model.remat == "block" else 0)
     per_pass = passes * rl.num_iterations
     forwards = per_pass + bool(reference) + bool(critic) + (per_pass if critic == "separate" else 0)
@@ -75,6 +77,6 @@ def policy_step_cost(model: ModelConfig, rl: RLConfig, prompt_length: int) -> Po
         sampling_bytes=B * (S * cache + model.vocab_size * _FLOAT32 * 2)
         + rl.num_prompts * heads * prompt_length**2 * _FLOAT32,
         update_bytes=micro_B * (_SCORE_COPIES * heads * S**2 * _FLOAT32 + S * kept),
-        update_flops=B * S * forward * forwards,
+        update_flops=tokens * forward * forwards,
         sampling_read_bytes=N * (_FLOAT32 * counts.total + B * (prompt_length + N // 2) * cache),
     )

@@ -10,7 +10,7 @@ for decoding, over the entries of a cache.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,13 +18,17 @@ from jax import Array
 
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, in_floats, linear, yarn_mscale
-from moe_jax.ops.attention import Causal, Tokens, attention
+from moe_jax.ops.attention import Branches, Tokens, attention, seen_by
 from moe_jax.ops.quantization import Quantized
 from moe_jax.sharding import by_queries
 
 
 class Entries(NamedTuple):
-    """What attention keeps of each position: MLA (latent, rotary key), GQA (keys, values); [B, S, ...] each."""
+    """What attention keeps of each position: MLA (latent, rotary key), GQA (keys, values); [B, S, ...] each.
+
+    In a cache positions come last but one, [B, T, C] and [B, K, T, W]: heads outside, as the products want them, which
+    would otherwise copy the cache for each token.
+    """
 
     first: Array
     second: Array
@@ -74,17 +78,17 @@ class MLA(nnx.Module):
         key_BSR = apply_rope(key_BSR[:, :, None], rot, self.cfg.rope.layout)[:, :, 0]
         return Entries(self.key_value_norm(latent_BSC), key_BSR)
 
-    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, tokens: Tokens) -> Array:
+    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, tokens: Tokens | Branches) -> Array:
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
 
         # Between devices that share a sequence the latent travels, not the keys and values that are made of it.
-        def mix(queries: tuple[Array, Tokens], keys: tuple[Entries, Tokens], expand_CHN: nnx.Param) -> Array:
+        def mix(queries: tuple[Array, Any], keys: tuple[Entries, Any], expand_CHN: nnx.Param) -> Array:
             query, (latent_BTC, key_BTR) = queries[0], keys[0]
             expanded = linear(latent_BTC, expand_CHN)
             key_BTHN, value_BTHV = jnp.split(expanded, [self.cfg.qk_nope_head_dim], axis=-1)
             key_BTHR = jnp.broadcast_to(key_BTR[:, :, None], (*key_BTHN.shape[:3], key_BTR.shape[-1]))
             key = jnp.concatenate([key_BTHN, key_BTHR], axis=-1)
-            return attention(query, key, value_BTHV, Causal(queries[1], keys[1]), self.scale)
+            return attention(query, key, value_BTHV, seen_by(queries[1], keys[1]), self.scale)
 
         query = jnp.concatenate([query_BSHN, query_BSHR], axis=-1)
         return self._output(by_queries(mix, (query, tokens), (entries, tokens), self.key_value_b_CHN))
@@ -148,14 +152,15 @@ class GQA(nnx.Module):
             key_BSKW = _norm_heads(self.key_norm, key_BSKW, self.cfg)
         return Entries(apply_rope(key_BSKW, rot, self.cfg.rope.layout), value_BSKW)
 
-    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, tokens: Tokens) -> Array:
-        def mix(queries: tuple[Array, Tokens], keys: tuple[Entries, Tokens], _: None) -> Array:
-            return attention(queries[0], *keys[0], Causal(queries[1], keys[1]), self.scale)
+    def attend(self, x_BSD: Array, rot: Rotation, entries: Entries, tokens: Tokens | Branches) -> Array:
+        def mix(queries: tuple[Array, Any], keys: tuple[Entries, Any], _: None) -> Array:
+            return attention(queries[0], *keys[0], seen_by(queries[1], keys[1]), self.scale)
 
         return self._output(by_queries(mix, (self._queries(x_BSD, rot), tokens), (entries, tokens), None))
 
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
-        return self._output(attention(self._queries(x_BSD, rot), *entries, mask_BST, self.scale))
+        key_BTKW, value_BTKW = (jnp.moveaxis(x, -2, 1) for x in entries)
+        return self._output(attention(self._queries(x_BSD, rot), key_BTKW, value_BTKW, mask_BST, self.scale))
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> Array:
         query_BSHW = linear(x_BSD, self.query_DHW)
@@ -180,7 +185,7 @@ def entry_shapes(cfg: ModelConfig, batch: int, length: int) -> tuple[tuple[int, 
     a = cfg.attention
     if a.kind == "mla":
         return (batch, length, a.kv_lora_rank), (batch, length, a.qk_rope_head_dim)
-    shape = (batch, length, a.num_kv_heads, a.head_dim)
+    shape = (batch, a.num_kv_heads, length, a.head_dim)
     return shape, shape
 
 

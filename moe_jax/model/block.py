@@ -18,7 +18,7 @@ from moe_jax.model.attention import Entries, make_attention
 from moe_jax.model.layers import Initializer, RMSNorm, Rotation, SwiGLU, rematerialised
 from moe_jax.model.moe import MoE
 from moe_jax.model.router import RouterStats
-from moe_jax.ops.attention import Tokens
+from moe_jax.ops.attention import Branches, Tokens
 from moe_jax.sharding import constrain, token_axes
 
 
@@ -26,7 +26,7 @@ class Context(NamedTuple):
     """What every block needs besides its input."""
 
     rot: Rotation
-    seen: Array | Tokens
+    seen: Array | Tokens | Branches
     """What decides which tokens see which: where they stand; or a mask [B, S, T] when decoding from a cache."""
     valid_BS: Array
     router_keys_BS: Array
@@ -37,6 +37,8 @@ class Context(NamedTuple):
     """Where in the cache the sequence is written: one number, or one for each row, [B]."""
     drop_tokens: bool
     """Whether experts drop what exceeds their capacity, if they have one: in the training loss only."""
+    counted_BS: Array | None = None
+    """Which tokens the router's statistics count; None: all that are valid."""
 
 
 class Block(nnx.Module):
@@ -55,40 +57,56 @@ class Block(nnx.Module):
         """Returns the block's output, its router's statistics if it is sparse, and the caches with its entries.
 
         `layer` is its number among the blocks of its kind: its place in the caches, unless they are this block's alone,
-        and what hash routing is salted by.
+        and what hash routing is salted by. Such caches lack the axis of layers: with one of length 1, XLA:CPU copies
+        them at every step of decoding.
         """
         normed = self.attention_norm(x_BSD)
         with jax.named_scope("attention"):
             entries = self.attention.entries(normed, ctx.rot)
-            slot = 0 if caches is None or len(caches.first) == 1 else layer
+            slot = _slot(caches, entries, layer)
             if caches is not None:
                 caches = Entries(*(write(c, e, slot, ctx.column) for c, e in zip(caches, entries, strict=True)))
             if ctx.decode:
-                assert caches is not None and not isinstance(ctx.seen, Tokens)
-                cached = Entries(*(jax.lax.dynamic_index_in_dim(c, slot, keepdims=False) for c in caches))
+                assert caches is not None and isinstance(ctx.seen, jax.Array)
+                cached = caches
+                if slot is not None:
+                    cached = Entries(*(jax.lax.dynamic_index_in_dim(c, slot, keepdims=False) for c in caches))
                 x_BSD += self.attention.attend_cached(normed, ctx.rot, cached, ctx.seen)
             else:
-                assert isinstance(ctx.seen, Tokens)
+                assert isinstance(ctx.seen, Tokens | Branches)
                 x_BSD += self.attention.attend(normed, ctx.rot, entries, ctx.seen)
         normed = self.ffn_norm(x_BSD)
         with jax.named_scope("ffn"):
             if isinstance(self.ffn, MoE):
-                y_BSD, stats = self.ffn(normed, ctx.valid_BS, ctx.router_keys_BS, layer, ctx.drop_tokens)
+                y_BSD, stats = self.ffn(
+                    normed, ctx.valid_BS, ctx.router_keys_BS, layer, ctx.drop_tokens, ctx.counted_BS
+                )
             else:
                 y_BSD, stats = self.ffn(normed), None
         return constrain(x_BSD + y_BSD, *token_axes(x_BSD.shape), "activation"), stats, caches
 
 
-def write(cache: Array, entry: Array, layer: Array | int, column: Array | int) -> Array:
-    """The cache [L, B, T, ...] with a layer's entry [B, S, ...] from a column on, or from each row's own."""
-    entry, rest = entry.astype(cache.dtype), [0] * (entry.ndim - 2)
+def _slot(caches: Entries | None, entries: Entries, layer: Array | int) -> Array | int | None:
+    """A layer's place in the caches of a stack; None where they are this layer's alone, without an axis of layers."""
+    if caches is None or caches.first.ndim == entries.first.ndim:
+        return None
+    return 0 if len(caches.first) == 1 else layer
+
+
+def write(cache: Array, entry: Array, layer: Array | int | None, column: Array | int) -> Array:
+    """The cache [L, B, ..., T, X] with a layer's entry [B, S, ..., X] from a column on, or from each row's own; for the
+    cache [B, ..., T, X] of a single layer, `layer` is None."""
+    entry = jnp.moveaxis(entry.astype(cache.dtype), 1, -2)
+    heads, first, axis = [0] * (entry.ndim - 3), [] if layer is None else [layer], 0 if layer is None else 1
     if jnp.ndim(column) and len(entry) > 1:
 
         def write_row(cache: Array, entry: Array, column: Array) -> Array:
-            return jax.lax.dynamic_update_slice(cache, entry[None], (layer, column, *rest))
+            entry = entry if layer is None else entry[None]
+            return jax.lax.dynamic_update_slice(cache, entry, (*first, *heads, column, 0))
 
-        return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(cache, entry, jnp.asarray(column))
-    return jax.lax.dynamic_update_slice(cache, entry[None], (layer, 0, jnp.reshape(column, ()), *rest))
+        return jax.vmap(write_row, in_axes=(axis, 0, 0), out_axes=axis)(cache, entry, jnp.asarray(column))
+    entry = entry if layer is None else entry[None]
+    return jax.lax.dynamic_update_slice(cache, entry, (*first, 0, *heads, jnp.reshape(column, ()), 0))
 
 
 def stack_blocks(cfg: ModelConfig, count: int, sparse: bool, rngs: nnx.Rngs) -> Block | None:

@@ -161,11 +161,18 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(cfg.hidden_size, shared * cfg.moe.expert_size, init) if shared else None
 
     def __call__(
-        self, x_BSD: Array, valid_BS: Array, keys_BS: Array, layer: Array | int, drop: bool
+        self,
+        x_BSD: Array,
+        valid_BS: Array,
+        keys_BS: Array,
+        layer: Array | int,
+        drop: bool,
+        counted_BS: Array | None = None,
     ) -> tuple[Array, RouterStats]:
         """The layer's output and its statistics. Padding (not valid) is not counted, and no expert works on it.
 
-        `keys_BS` and `layer` are for routers that are not learned; `drop` applies the capacity, if there is one.
+        `keys_BS` and `layer` are for routers that are not learned; `drop` applies the capacity, if there is one;
+        `counted_BS` leaves further tokens out of the statistics.
         """
         with jax.named_scope("router"):
             routed = self.router(x_BSD, keys_BS, layer)
@@ -181,5 +188,6 @@ class MoE(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BSD += self.shared(x_BSD)
+        counted_BS = valid_BS if counted_BS is None else counted_BS & valid_BS
         with jax.named_scope("router"):
-            return y_BSD, router_stats(routed, valid_BS, dropped_BS, self.cfg)
+            return y_BSD, router_stats(routed, counted_BS, dropped_BS, self.cfg)

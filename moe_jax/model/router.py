@@ -75,25 +75,26 @@ class RouterStats(NamedTuple):
     """int32, each token's experts, -1 for padding: for inspection."""
 
 
-def router_stats(routed: RouterOutput, valid_BS: Array, dropped_T: Array, cfg: MoEConfig) -> RouterStats:
-    """Sums a layer's routing over the valid tokens of each sequence; `dropped_T` of a token's assignments were dropped.
+def router_stats(routed: RouterOutput, counted_BS: Array, dropped_T: Array, cfg: MoEConfig) -> RouterStats:
+    """Sums a layer's routing over those tokens of each sequence that count; `dropped_T` of a token's assignments were
+    dropped.
 
     At a few thousand tokens and hundreds of experts every pass over [T, E] shows in the step's time. So there are few,
     and what nobody reads is left for the compiler to remove.
     """
-    B, S = valid_BS.shape
+    B, S = counted_BS.shape
     E, N = cfg.num_experts, cfg.num_groups
-    experts_BSK = jnp.where(valid_BS[..., None], routed.experts_TK.reshape(B, S, -1), -1)
-    valid_BS = valid_BS.astype(jnp.float32)
+    experts_BSK = jnp.where(counted_BS[..., None], routed.experts_TK.reshape(B, S, -1), -1)
+    counted_BS = counted_BS.astype(jnp.float32)
 
     def total_B(value_T: Array) -> Array:
-        return jnp.sum(value_T.reshape(B, S) * valid_BS, axis=1)
+        return jnp.sum(value_T.reshape(B, S) * counted_BS, axis=1)
 
     chosen_BE = unbiased_BE = _counts(experts_BSK, E)
     if cfg.selection_bias and cfg.sequence_balance_coef:
         unbiased_TK = _best(jax.lax.stop_gradient(routed.scores_TE), cfg.num_experts_per_token)
-        unbiased_BE = _counts(jnp.where(valid_BS[..., None] > 0, unbiased_TK.reshape(B, S, -1), -1), E)
-    tokens_B = jnp.sum(valid_BS, axis=1)
+        unbiased_BE = _counts(jnp.where(counted_BS[..., None] > 0, unbiased_TK.reshape(B, S, -1), -1), E)
+    tokens_B = jnp.sum(counted_BS, axis=1)
     present_BSN = jnp.any((experts_BSK // (E // N))[..., None] == jnp.arange(N), axis=2)
     share_TE = _normalize(routed.scores_TE)
     constant_TE = jax.lax.stop_gradient(share_TE)
@@ -101,7 +102,7 @@ def router_stats(routed: RouterOutput, valid_BS: Array, dropped_T: Array, cfg: M
     return RouterStats(
         counts_BE=chosen_BE,
         unbiased_counts_BE=unbiased_BE,
-        affinity_BE=jnp.einsum("BSE,BS->BE", share_TE.reshape(B, S, E), valid_BS),
+        affinity_BE=jnp.einsum("BSE,BS->BE", share_TE.reshape(B, S, E), counted_BS),
         tokens_B=tokens_B,
         group_tokens_BN=jnp.sum(present_BSN, axis=1, dtype=jnp.float32),
         z_B=total_B(jax.nn.logsumexp(routed.logits_TE, axis=-1) ** 2),

@@ -18,15 +18,15 @@ from moe_jax.model.block import Context, run_blocks, stack_blocks, unstack, writ
 from moe_jax.model.layers import Initializer, RMSNorm, constant, product, rotation
 from moe_jax.model.mtp import MTP, MTPOutput, ParallelHeads, make_mtp
 from moe_jax.model.router import RouterStats
-from moe_jax.ops.attention import Tokens
-from moe_jax.sharding import balanced, constrain, in_order, table_rows, token_axes
+from moe_jax.ops.attention import Branches, Tokens
+from moe_jax.sharding import balanced, constrain, divides_sequences, in_order, table_rows, token_axes
 
 
 class Cache(NamedTuple):
     """What decoding remembers. Columns are shared by all rows; a column that is padding in a row is not valid there."""
 
     dense: Entries | list[Entries]
-    """The dense layers' entries, [L, B, T, ...] each; for an unrolled model, layer by layer, [1, B, T, ...]."""
+    """The dense layers' entries, [L, B, ..., T, ·] each; for an unrolled model, layer by layer, [B, ..., T, ·]."""
     moe: Entries | list[Entries]
     """The sparse layers' entries."""
     valid_BT: Array
@@ -72,6 +72,7 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         prefill: bool = False,
         drop_tokens: bool = False,
+        counted_BS: Array | None = None,
     ) -> ModelOutput:
         """Hidden states of each position; `logits` makes logits of them.
 
@@ -86,6 +87,7 @@ class Transformer(nnx.Module):
             drop_tokens: drop what exceeds the experts' capacity, if `moe.capacity_factor` sets one. For the training
                 loss only: what is dropped depends on the other rows of the batch, which must not decide what a token
                 means at evaluation, sampling or in RL, whose trainer has to route as its sampler did.
+            counted_BS: bool, which tokens the router statistics count; by default all but padding, which never counts.
         """
         cfg = self.cfg
         valid_BS = jnp.ones(tokens_BS.shape, bool) if segment_ids_BS is None else segment_ids_BS > 0
@@ -97,22 +99,24 @@ class Transformer(nnx.Module):
         if cache is None:
             # The layers take a sequence's columns as the devices have them, whose order no result depends on.
             tokens_BS, positions_BS, valid_BS = balanced(tokens_BS), balanced(positions_BS), balanced(valid_BS)
-            segment_ids_BS, place_1S = balanced(segment_ids_BS), balanced(place_1S)
+            segment_ids_BS, place_1S, counted_BS = balanced((segment_ids_BS, place_1S, counted_BS))
         rot = rotation(positions_BS, cfg.attention.rope, rotary_dim(cfg.attention))
         column: Array | int = 0
         decode = cache is not None and not prefill
         if cache is not None:
             column = cache.length
-            valid_BT = write(cache.valid_BT[None], valid_BS, 0, column)[0]
+            valid_BT = write(cache.valid_BT[..., None], valid_BS[..., None], None, column)[..., 0]
             cache = cache._replace(valid_BT=valid_BT, length=column + tokens_BS.shape[1])
         if cache is not None and decode:
-            column_BS = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BS.shape[1])
-            seen_BST = jnp.arange(cache.valid_BT.shape[1]) <= column_BS[:, :, None]
-            seen = cache.valid_BT[:, None, :] & seen_BST
+            seen = cache.valid_BT[:, None, :]
+            if tokens_BS.shape[1] > 1:  # a single token sees all that is valid, wherever it stands
+                column_BS = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BS.shape[1])
+                seen &= jnp.arange(cache.valid_BT.shape[1]) <= column_BS[:, :, None]
             cache = cache._replace(dense=_by_rows(cache.dense), moe=_by_rows(cache.moe))
         else:
             seen = Tokens(valid_BS.astype(jnp.int32) if segment_ids_BS is None else segment_ids_BS, place_1S)
-        ctx = Context(rot, seen, valid_BS, self._router_keys(tokens_BS, positions_BS), decode, column, drop_tokens)
+        keys_BS = self._router_keys(tokens_BS, positions_BS)
+        ctx = Context(rot, seen, valid_BS, keys_BS, decode, column, drop_tokens, counted_BS)
 
         x_BSD = self.embed(tokens_BS)
         x_BSD, _, dense = run_blocks(self.dense_blocks, x_BSD, ctx, cache.dense if cache else None, cfg.remat)
@@ -122,6 +126,33 @@ class Transformer(nnx.Module):
         if cache is None:
             x_BSD, stats = in_order(x_BSD), _in_order(stats)
         return ModelOutput(self.norm(x_BSD), stats, cache)
+
+    def read_branches(self, tokens_BS: Array, branches: Branches) -> ModelOutput:
+        """Hidden states of rows that are a stem and then branches, whose positions go on from the stem's: those that
+        stem and branch would have in rows of their own, with the stem's work done once. Router statistics count the
+        branches alone.
+
+        Raises:
+            ValueError: the mesh's axis `context` would divide a row, and with it the branches.
+        """
+        if divides_sequences(tokens_BS.shape[1]):
+            raise ValueError("the mesh's axis context divides sequences: it cannot divide rows of branches")
+        (B, P), stem_BP, branch_BCN = branches.stem_BP.shape, *branches
+        stem_positions_BP = jnp.cumsum(stem_BP, axis=1) - 1
+        positions_BCN = jnp.cumsum(branch_BCN, axis=2) + stem_positions_BP[:, -1, None, None]
+        valid_BS, positions_BS = (
+            jnp.concatenate([stem, branch.reshape(B, tokens_BS.shape[1] - P)], axis=1)
+            for stem, branch in (branches, (stem_positions_BP, positions_BCN))
+        )
+        positions_BS = jnp.maximum(positions_BS, 0)
+        rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
+        counted_BS = jnp.arange(tokens_BS.shape[1]) >= P
+        keys_BS = self._router_keys(tokens_BS, positions_BS)
+        ctx = Context(rot, branches, valid_BS, keys_BS, False, 0, False, jnp.broadcast_to(counted_BS, valid_BS.shape))
+        x_BSD = self.embed(tokens_BS)
+        x_BSD, _, _ = run_blocks(self.dense_blocks, x_BSD, ctx, None, self.cfg.remat)
+        x_BSD, stats, _ = run_blocks(self.moe_blocks, x_BSD, ctx, None, self.cfg.remat)
+        return ModelOutput(self.norm(x_BSD), stats, None)
 
     def unrolled(self) -> Transformer:
         """This model with every layer's weights in arrays of their own: for decoding in a loop.
@@ -203,7 +234,7 @@ class Transformer(nnx.Module):
             ahead_BS: the tokens number + 1 further.
             column_B: where in the cache a row's positions begin.
             start_B: where in the cache its text begins; all columns from there on are its own.
-            entries: the module's cache, [1, B, T, ...].
+            entries: the module's cache, [1, B, ..., T, ·].
             prefill: the cache is empty, as for a call of the model.
         """
         column_BS = column_B[:, None] + jnp.arange(tokens_BS.shape[1])
@@ -211,7 +242,7 @@ class Transformer(nnx.Module):
         if prefill:
             seen, column = Tokens(valid_BS.astype(jnp.int32), jnp.arange(tokens_BS.shape[1])[None]), 0
         else:
-            column_T = jnp.arange(entries.first.shape[2])
+            column_T = jnp.arange(entries.first.shape[-2])
             seen = (column_T >= start_B[:, None, None]) & (column_T <= column_BS[:, :, None])
             column = column_B
         positions_BS = jnp.maximum(column_BS - start_B[:, None], 0)
@@ -228,9 +259,11 @@ def _in_order(stats: RouterStats | None) -> RouterStats | None:
 def _by_rows(caches: Any) -> Any:
     """Caches whose rows lie where those of one decoded position do."""
 
-    def place(x_LBT: Array) -> Array:
-        rows, _ = token_axes((x_LBT.shape[1], 1))
-        return constrain(x_LBT, "rows", *[None] * (x_LBT.ndim - 2)) if rows == "rows" else x_LBT
+    axis = 0 if isinstance(caches, list) else 1
+
+    def place(x: Array) -> Array:
+        rows, _ = token_axes((x.shape[axis], 1))
+        return constrain(x, "rows", *[None] * (x.ndim - axis - 1)) if rows == "rows" else x
 
     return jax.tree.map(place, caches)
 
@@ -239,7 +272,7 @@ def unrolled_cache(cache: Cache) -> Cache:
     """The cache for an unrolled model."""
 
     def layers(stacked: Entries) -> list[Entries]:
-        return [Entries(*(x[n : n + 1] for x in stacked)) for n in range(len(stacked.first))]
+        return [Entries(*(x[n] for x in stacked)) for n in range(len(stacked.first))]
 
     assert isinstance(cache.dense, Entries) and isinstance(cache.moe, Entries)
     return cache._replace(dense=layers(cache.dense), moe=layers(cache.moe))

@@ -1,7 +1,7 @@
 """Softmax attention with any number of key-value heads.
 
 B batch, S queries, T keys, H query heads, K key-value heads, G query heads per key-value head, D key width,
-E value width, R rows of queries that share a key-value head (G·S), N blocks.
+E value width, R rows of queries that share a key-value head (G·S), N blocks; of branches: P stem, C branches, N tokens.
 """
 
 from __future__ import annotations
@@ -42,11 +42,32 @@ class Causal(NamedTuple):
         return same_BST & not_later_1ST & (self.key.segment_BS > 0)[:, None, :]
 
 
+class Branches(NamedTuple):
+    """Rows that are a stem and, after it, branches of equal length: a prompt and its completions.
+
+    A branch's tokens see the stem and, of their own branch, what does not come after them; the stem's tokens see the
+    stem. A row has P + C·N columns. Its work is that of the pairs that see each other, not of all columns.
+    """
+
+    stem_BP: Array
+    """bool, True where a column is no padding."""
+    branch_BCN: Array
+    """bool, the same."""
+
+
+def seen_by(query: Tokens | Branches, key: Tokens | Branches) -> Causal | Branches:
+    """What tokens see, from where they stand."""
+    if isinstance(query, Branches):
+        return query
+    assert isinstance(key, Tokens)
+    return Causal(query, key)
+
+
 def attention(
     q_BSHD: Array,
     k_BTKD: Array,
     v_BTKE: Array,
-    seen: Array | Causal,
+    seen: Array | Causal | Branches,
     scale: float,
     implementation: Literal["dense", "chunked"] | None = None,
 ) -> Array:
@@ -62,12 +83,14 @@ def attention(
         q_BSHD: queries.
         k_BTKD: keys.
         v_BTKE: values.
-        seen: which keys a query may see: a mask [B, S, T], or `Causal`.
+        seen: which keys a query may see: a mask [B, S, T], `Causal`, or `Branches`, of queries and keys alike.
         scale: of the products.
-        implementation: "dense" holds the scores of all pairs at once; "chunked", for `Causal`, those of a block of
-            queries with a block of keys (FlashAttention-2, arXiv:2307.08691, in plain XLA), so that memory grows with
-            S + T, and leaves out the blocks that lie in the future. None: dense up to 2048 × 2048.
+        implementation: "dense" holds the scores of all pairs at once; "chunked", for `Causal` and `Branches`, those of
+            a block of queries with a block of keys (FlashAttention-2, arXiv:2307.08691, in plain XLA), so that memory
+            grows with S + T, and leaves out the blocks that lie in the future. None: dense up to 2048 × 2048.
     """
+    if isinstance(seen, Branches):
+        return _branches(q_BSHD, k_BTKD, v_BTKE, seen, scale, implementation)
     if implementation is None:
         long = isinstance(seen, Causal) and q_BSHD.shape[1] * k_BTKD.shape[1] > _MOST_SCORES
         implementation = "chunked" if long else "dense"
@@ -101,6 +124,78 @@ def _dense(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, seen: Array | Causal, sc
     mixed_BKRE = jnp.einsum("BKRT,BKTE->BKRE", weight_BKRT.astype(v_BTKE.dtype), v_BKTE)
     mixed_BKRE = (mixed_BKRE / total_BKR1).astype(q_BSHD.dtype)
     return mixed_BKRE.reshape(B, H, S, -1).transpose(0, 2, 1, 3)
+
+
+def _branches(
+    q_BSHD: Array,
+    k_BSKD: Array,
+    v_BSKE: Array,
+    seen: Branches,
+    scale: float,
+    implementation: Literal["dense", "chunked"] | None,
+) -> Array:
+    """The stem by itself, then all branches, whose softmax runs over the stem's keys and their own."""
+    (B, P), (_, C, N) = seen.stem_BP.shape, seen.branch_BCN.shape
+    stem = Tokens(seen.stem_BP.astype(jnp.int32), jnp.arange(P)[None])
+    q_BPHD, k_BPKD, v_BPKE = (x[:, :P] for x in (q_BSHD, k_BSKD, v_BSKE))
+    q_BCNHD, k_BCNKD, v_BCNKE = (x[:, P:].reshape(B, C, N, *x.shape[2:]) for x in (q_BSHD, k_BSKD, v_BSKE))
+    mixed_BPHE = attention(q_BPHD, k_BPKD, v_BPKE, Causal(stem, stem), scale, implementation)
+    if implementation is None:
+        implementation = "chunked" if N * (P + N) > _MOST_SCORES else "dense"
+    if implementation == "dense":
+        seen_BCNN = seen.branch_BCN[:, :, None] & jnp.tril(jnp.ones((N, N), bool))
+        mixed_BCNHE: Array = branch_attention(q_BCNHD, k_BCNKD, v_BCNKE, seen_BCNN, k_BPKD, v_BPKE, seen.stem_BP, scale)
+    else:
+
+        def whole(stem: Array, branch: Array) -> Array:
+            """[B·C, P + N, ...]: every branch behind a copy of its stem, for this layer alone."""
+            return jnp.concatenate([jnp.repeat(stem, C, axis=0), branch.reshape(B * C, *branch.shape[2:])], axis=1)
+
+        segment = seen.branch_BCN.astype(jnp.int32)
+        own = Tokens(segment.reshape(B * C, N), P + jnp.arange(N)[None])
+        keys = Tokens(whole(stem.segment_BS, segment), jnp.arange(P + N)[None])
+        k, v = whole(k_BPKD, k_BCNKD), whole(v_BPKE, v_BCNKE)
+        mixed_BCNHE = attention(q_BCNHD.reshape(B * C, *q_BCNHD.shape[2:]), k, v, Causal(own, keys), scale, "chunked")
+    return jnp.concatenate([mixed_BPHE, mixed_BCNHE.reshape(B, C * N, *mixed_BPHE.shape[2:])], axis=1)
+
+
+@partial(jax.checkpoint, static_argnums=(7,))
+def branch_attention(
+    q_BCNHD: Array,
+    k_BCTKD: Array,
+    v_BCTKE: Array,
+    seen_BCNT: Array,
+    stem_k_BPKD: Array,
+    stem_v_BPKE: Array,
+    stem_seen_BP: Array,
+    scale: float,
+) -> Array:
+    """Attention of branches to their own keys and to their stem's, which are not repeated; [B, C, N, H, E].
+
+    As `_dense`, with one softmax over both. Each `seen` is True where a key may be seen. Batches of the stem's products
+    are rows and heads, the others' rows, branches and heads: the keys of neither have to be copied into another order.
+    """
+    B, C, N, H, D = q_BCNHD.shape
+    K = k_BCTKD.shape[3]
+    q_BCKRD = q_BCNHD.reshape(B, C, N, K, H // K, D).transpose(0, 1, 3, 4, 2, 5).reshape(B, C, K, -1, D)
+    k_BCKTD, v_BCKTE = k_BCTKD.swapaxes(2, 3), v_BCTKE.swapaxes(2, 3)
+    stem_k_BKPD, stem_v_BKPE = stem_k_BPKD.swapaxes(1, 2), stem_v_BPKE.swapaxes(1, 2)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    score_BCKRT = product("BCKRD,BCKTD->BCKRT", q_BCKRD, k_BCKTD) * scale
+    score_BCKRT += jnp.tile(jnp.where(seen_BCNT, 0.0, _UNSEEN), (1, 1, H // K, 1))[:, :, None]
+    stem_score_BKCRP = product("BKCRD,BKPD->BKCRP", q_BCKRD.swapaxes(1, 2), stem_k_BKPD) * scale
+    stem_score_BKCRP += jnp.where(stem_seen_BP, 0.0, _UNSEEN)[:, None, None, None]
+    largest_BCKR1 = jnp.max(score_BCKRT, axis=-1, keepdims=True)
+    stem_largest_BKCR1 = jnp.max(stem_score_BKCRP, axis=-1, keepdims=True)
+    largest_BCKR1 = jax.lax.stop_gradient(jnp.maximum(largest_BCKR1, stem_largest_BKCR1.swapaxes(1, 2)))
+    weight_BCKRT = jnp.exp(score_BCKRT - largest_BCKR1)
+    stem_weight_BKCRP = jnp.exp(stem_score_BKCRP - largest_BCKR1.swapaxes(1, 2))
+    total_BCKR1 = jnp.sum(weight_BCKRT, axis=-1, keepdims=True)
+    total_BCKR1 += jnp.sum(stem_weight_BKCRP, axis=-1, keepdims=True).swapaxes(1, 2)
+    mixed_BCKRE = product("BCKRT,BCKTE->BCKRE", weight_BCKRT.astype(v_BCKTE.dtype), v_BCKTE)
+    stem_mixed_BKCRE = product("BKCRP,BKPE->BKCRE", stem_weight_BKCRP.astype(v_BCKTE.dtype), stem_v_BKPE)
+    mixed_BCKRE = ((mixed_BCKRE + stem_mixed_BKCRE.swapaxes(1, 2)) / total_BCKR1).astype(q_BCNHD.dtype)
+    return mixed_BCKRE.reshape(B, C, K, H // K, N, -1).transpose(0, 1, 4, 2, 3, 5).reshape(B, C, N, H, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

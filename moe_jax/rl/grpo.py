@@ -1,10 +1,14 @@
 """Policy gradients on a `Transformer`: problem → prompts → samples → rewards → advantages → updates.
 
-P prompts, G samples per prompt, B rows (P·G), S tokens of prompt and completion, N tokens of a completion.
+P prompts, G samples per prompt, B samples (P·G), S tokens of prompt and completion (of `prompts_RS` the prompt's), N
+tokens of a completion.
+
+A trainer's batch has R rows of C samples each, which share the row's prompt: P tokens and C·N instead of C·(P + N).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ from moe_jax.losses.critic import value_loss
 from moe_jax.losses.policy import policy_loss
 from moe_jax.model.definition import Arrays, Definition
 from moe_jax.model.transformer import Transformer
+from moe_jax.ops.attention import Branches
 from moe_jax.ops.token_logprobs import TokenLogprobs, token_logprobs
 from moe_jax.rl.environments import Completion, Environment, Parts
 from moe_jax.rng import random_generator
@@ -43,47 +48,105 @@ class Totals(NamedTuple):
 
 
 def totals(params: Arrays, rest: Arrays, batch: Batch, accumulation_steps: int) -> Totals:
-    mask_BN = batch["mask_BN"]
+    mask_RCN = batch["mask_RCN"]
     return Totals(
-        jnp.maximum(jnp.sum(mask_BN, dtype=jnp.float32), 1),
-        jnp.maximum(jnp.sum(jnp.any(mask_BN, axis=1), dtype=jnp.float32), 1),
+        jnp.maximum(jnp.sum(mask_RCN, dtype=jnp.float32), 1),
+        jnp.maximum(jnp.sum(jnp.any(mask_RCN, axis=2), dtype=jnp.float32), 1),
     )
+
+
+def shared_rows(batch: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
+    """`Rollout.batch` with the prompt of each `samples` successive rows, which have it in common, in one row.
+
+    The arrays of completions become [R, C, ...]; tokens and segments become `prompts_RS`, `prompt_mask_RS` and
+    `tokens_RCN`.
+    """
+    batch = dict(batch)
+    N = batch["mask_BN"].shape[1]
+    tokens_BS, segment_ids_BS = batch.pop("tokens_BS"), batch.pop("segment_ids_BS")
+    batch["tokens_BN"] = tokens_BS[:, -N:]
+    rows = {name.replace("_B", "_RC"): x.reshape(-1, samples, *x.shape[1:]) for name, x in batch.items()}
+    return rows | {
+        "prompts_RS": tokens_BS[::samples, :-N],
+        "prompt_mask_RS": segment_ids_BS[::samples, :-N] > 0,
+    }
+
+
+def split_rows(rows: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
+    """The same batch with fewer samples in each row."""
+    times = rows["mask_RCN"].shape[1] // samples
+    return {
+        name: x.reshape(-1, samples, *x.shape[2:]) if "_RC" in name else np.repeat(x, times, axis=0)
+        for name, x in rows.items()
+    }
+
+
+def samples_in_row(cfg: RLConfig, devices: int = 1) -> int:
+    """How many samples of a group share a row: as many as leave the same number of rows to each micro-batch, and, if
+    it has samples for all `devices` over which rows lie, to each of them."""
+    if not cfg.share_prompts:
+        return 1
+    micro = cfg.num_prompts * cfg.group_size // (cfg.num_minibatches * cfg.accumulation_steps)
+    whole = math.gcd(cfg.group_size, micro)
+    if micro % devices:
+        return whole
+    return max(C for C in range(1, whole + 1) if whole % C == 0 and micro // C % devices == 0)
+
+
+def by_sample(batch: Batch) -> Batch:
+    """A batch's arrays of completions, [R, C, ...], as [B, ...]."""
+    return {name.replace("_RC", "_B"): x.reshape(-1, *x.shape[2:]) for name, x in batch.items() if "_RC" in name}
 
 
 class CompletionStates(NamedTuple):
     """What a model makes of the places that the completions' tokens were drawn at."""
 
     model: Transformer
-    hidden_BND: Array
+    hidden_RCND: Array
     routers: dict[str, RouterLoad]
 
 
 def completion_states(definition: Definition, params: Arrays, rest: Arrays, batch: Batch) -> CompletionStates:
-    """The hidden states before each completion token, and the routers' load."""
+    """The hidden states before each completion token, and the routers' load by the completions' tokens (but the last,
+    which no other follows)."""
     model = definition.merge(params, rest)
-    output = model(batch["tokens_BS"], segment_ids_BS=batch["segment_ids_BS"])
-    N = batch["mask_BN"].shape[1]
+    prompts_RS, mask_RS, drawn_RCN = batch["prompts_RS"], batch["prompt_mask_RS"], batch["drawn_RCN"]
+    (R, C, N), S = drawn_RCN.shape, prompts_RS.shape[1]
+    # A single completion keeps its last token, which nothing is asked of: the row's length may have to divide.
+    read = N if C == 1 else max(N - 1, 1)
+    tokens_RS = jnp.concatenate([prompts_RS, batch["tokens_RCN"][:, :, :read].reshape(R, C * read)], axis=1)
+    if C == 1:
+        valid_RS = jnp.concatenate([mask_RS, drawn_RCN[:, 0]], axis=1)
+        column_S = jnp.arange(S + N)
+        counted_RS = jnp.broadcast_to((column_S >= S) & (column_S < S + N - 1), valid_RS.shape)
+        output = model(tokens_RS, segment_ids_BS=valid_RS.astype(jnp.int32), counted_BS=counted_RS)
+    else:
+        output = model.read_branches(tokens_RS, Branches(mask_RS, drawn_RCN[:, :, :read]))
+    first_RC1D = jnp.repeat(output.hidden_BSD[:, None, S - 1 : S], C, axis=1)
+    later_RCND = output.hidden_BSD[:, S:].reshape(R, C, read, -1)[:, :, : N - 1]
     routers = {} if output.router is None else {"moe_blocks": router_load(output.router)}
-    return CompletionStates(model, output.hidden_BSD[:, -N - 1 : -1], routers)
+    return CompletionStates(model, jnp.concatenate([first_RC1D, later_RCND], axis=2), routers)
 
 
 def completion_logprobs(
     states: CompletionStates, batch: Batch, pad_id: int, with_entropy: bool = False
 ) -> TokenLogprobs:
-    """Log-probabilities (and entropies) of the completions' tokens, [B, N]."""
-    N = batch["mask_BN"].shape[1]
-    return token_logprobs(
-        states.hidden_BND,
+    """Log-probabilities (and entropies) of the completions' tokens, [R, C, N]."""
+    (R, C, N), vocabulary = batch["tokens_RCN"].shape, states.model.cfg.vocab_size
+    tokens_RCN = jnp.where(batch["drawn_RCN"], batch["tokens_RCN"], (pad_id + 1) % vocabulary)
+    found = token_logprobs(
+        states.hidden_RCND.reshape(R, C * N, -1),
         states.model.head(),
-        jnp.where(batch["drawn_BN"], batch["tokens_BS"][:, -N:], (pad_id + 1) % states.model.cfg.vocab_size),
+        tokens_RCN.reshape(R, C * N),
         banned_ids=(pad_id,),
-        shards=token_shards(batch["mask_BN"].shape),
+        shards=token_shards((R, C * N)),
         with_entropy=with_entropy,
     )
+    return TokenLogprobs(*(None if x is None else x.reshape(R, C, N) for x in found))  # pyright: ignore
 
 
 def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
-    """The policy objective of `cfg.loss` on batches made by `Rollout.batch`.
+    """The policy objective of `cfg.loss` on batches of `Rollout.batch` made by `shared_rows`.
 
     RL trains the policy alone: no balance loss, no multi-token prediction; router biases stay as pre-training left
     them, so that the sampler's and the trainer's routing agree. A definition with a value head adds its loss: PPO on a
@@ -94,10 +157,12 @@ def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
         states = completion_states(definition, params, rest, batch)
         result = completion_logprobs(states, batch, pad_id, with_entropy=True)
         assert result.entropy is not None
+        batch = by_sample(batch)
         mask_BN = batch["mask_BN"]
+        logprobs_BN, entropy_BN = (x.reshape(mask_BN.shape) for x in (result.logprobs, result.entropy))
         sampler_logprobs_BN = batch.get("sampler_logprobs_BN", batch["old_logprobs_BN"])
         policy = policy_loss(
-            result.logprobs,
+            logprobs_BN,
             batch["old_logprobs_BN"],
             batch["advantages_BN"] if "advantages_BN" in batch else batch["advantages_B"],
             mask_BN,
@@ -107,19 +172,19 @@ def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
             max_length=cfg.sampling.max_new_tokens,
         )
         count = totals.tokens if cfg.loss.aggregation == "token-mean" else totals.sequences
-        difference_BN = jnp.abs(result.logprobs - sampler_logprobs_BN)
+        difference_BN = jnp.abs(logprobs_BN - sampler_logprobs_BN)
         metrics = policy.metrics | {
-            "entropy": masked_sum(result.entropy, mask_BN),
+            "entropy": masked_sum(entropy_BN, mask_BN),
             "sampling/sampling_logp_difference/mean": masked_sum(difference_BN, mask_BN),
             "sampling/importance_sampling_ratio/mean": masked_sum(
-                jnp.exp(jnp.where(mask_BN, result.logprobs - sampler_logprobs_BN, 0.0)), mask_BN
+                jnp.exp(jnp.where(mask_BN, logprobs_BN - sampler_logprobs_BN, 0.0)), mask_BN
             ),
         }
         largest = jnp.max(jnp.where(mask_BN, difference_BN, 0.0))
         maxima = {"sampling/sampling_logp_difference/max": jax.lax.stop_gradient(largest)}
         total = policy.loss.sum / count
         if definition.value_head:
-            values_BN = states.model.values(states.hidden_BND)
+            values_BN = states.model.values(states.hidden_RCND.reshape(*mask_BN.shape, -1))
             old_BN, returns_BN = batch["values_BN"], batch["returns_BN"]
             value = value_loss(values_BN, old_BN, returns_BN, mask_BN, cfg.critic.cliprange_value)
             total += cfg.critic.value_loss_coef * value.loss.sum / totals.tokens
@@ -145,7 +210,7 @@ class Rollout(NamedTuple):
     """bool, which rows the loss counts; None: all."""
 
     def batch(self, mask_truncated: bool) -> dict[str, np.ndarray]:
-        """The arrays that `make_loss` reads."""
+        """What training needs of each sample; `shared_rows` lays it out for `make_loss`."""
         drawn_BN = np.asarray(self.samples.mask_BN)
         counted_BN = drawn_BN & np.asarray(self.samples.finished_B)[:, None] if mask_truncated else drawn_BN
         if self.counted_B is not None:
@@ -243,9 +308,48 @@ def rollout(
 ) -> Rollout:
     """Samples a group for each of a step's problems, and scores it; chance depends on seed and step alone."""
     started = time.perf_counter()
+    drawing = begin_rollout(
+        environment, sample, params, rest, tokenizer, cfg, prompt_length=prompt_length, step=step, key=key
+    )
+    result = finish_rollout(drawing, environment, tokenizer, cfg, step=step, seed=seed)
+    result.metrics["time/generate"] = time.perf_counter() - started - result.metrics["time/score"]
+    return result
+
+
+class Drawing(NamedTuple):
+    """Samples that a device may still be drawing."""
+
+    problems: list[Problem]
+    prompts_PS: np.ndarray
+    mask_PS: np.ndarray
+    samples: Samples
+
+
+def begin_rollout(
+    environment: Environment,
+    sample: Generator,
+    params: Arrays,
+    rest: Arrays,
+    tokenizer: Tokenizer,
+    cfg: RLConfig,
+    *,
+    prompt_length: int,
+    step: int,
+    key: Array,
+) -> Drawing:
+    """The first half of `rollout`: does not wait for the samples."""
     problems = environment.problems(step, cfg.num_prompts)
     prompts_PS, mask_PS = encode_prompts(problems, tokenizer, prompt_length)
-    samples: Samples = jax.device_get(sample(params, rest, prompts_PS, mask_PS, key))
+    return Drawing(problems, prompts_PS, mask_PS, sample(params, rest, prompts_PS, mask_PS, key))
+
+
+def finish_rollout(
+    drawing: Drawing, environment: Environment, tokenizer: Tokenizer, cfg: RLConfig, *, step: int, seed: int
+) -> Rollout:
+    """The second half of `rollout`: waits for the samples, which is the metric `time/generate`, and scores them."""
+    started = time.perf_counter()
+    problems, prompts_PS, mask_PS = drawing[:3]
+    samples: Samples = jax.device_get(drawing.samples)
     generated = time.perf_counter()
 
     completions = decode_completions(samples, tokenizer)
@@ -302,8 +406,8 @@ def rollout(
 
 
 def minibatches(batch: dict[str, np.ndarray], cfg: RLConfig, seed: int, step: int) -> list[dict[str, np.ndarray]]:
-    """The minibatches of all passes over a step's samples, in the order of their updates."""
-    size = len(batch["tokens_BS"])
+    """The minibatches of all passes over a step's rows, in the order of their updates."""
+    size = len(next(iter(batch.values())))
     if cfg.num_minibatches == 1:
         return [batch] * cfg.num_iterations
     parts = []

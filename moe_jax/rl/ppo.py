@@ -3,7 +3,7 @@
 A separate critic is a second model, which starts as a copy of the policy's trunk with a value head in place of the
 vocabulary's; a shared one is a value head on the policy (`grpo.make_loss` trains it with the policy).
 
-B rows, S tokens of prompt and completion, N tokens of a completion.
+B samples, R rows of C samples each (`grpo.shared_rows`), N tokens of a completion.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_jax.config import ModelConfig, RLConfig
 from moe_jax.losses.advantages import generalised_advantages, token_rewards, whitened
 from moe_jax.losses.critic import explained_variance, value_loss
 from moe_jax.model.definition import Arrays, Definition
-from moe_jax.rl.grpo import Totals, completion_states, totals
+from moe_jax.rl.grpo import Totals, by_sample, completion_states, totals
 from moe_jax.sharding import replicate
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import Batch, Loss, LossOutput, TrainState, make_update, start_state
@@ -43,7 +43,8 @@ def with_value_head(definition: Definition, params: Arrays) -> Arrays:
 def completion_values(definition: Definition, params: Arrays, rest: Arrays, batch: Batch) -> Array:
     """float32 [B, N], the value of the state before each completion token."""
     states = completion_states(definition, params, rest, batch)
-    return states.model.values(states.hidden_BND)
+    B, N, D = -1, *states.hidden_RCND.shape[2:]
+    return states.model.values(states.hidden_RCND.reshape(B, N, D))
 
 
 def make_value_loss(definition: Definition, cfg: RLConfig) -> Loss:
@@ -51,6 +52,7 @@ def make_value_loss(definition: Definition, cfg: RLConfig) -> Loss:
 
     def loss(params: Arrays, rest: Arrays, batch: Batch, totals: Totals) -> LossOutput:
         values_BN = completion_values(definition, params, rest, batch)
+        batch = by_sample(batch)
         old_BN, returns_BN = batch["values_BN"], batch["returns_BN"]
         value = value_loss(values_BN, old_BN, returns_BN, batch["mask_BN"], cfg.critic.cliprange_value)
         return LossOutput(value.loss.sum / totals.tokens, value.metrics, {}, {})

@@ -22,27 +22,45 @@ from moe_jax.model.definition import Arrays, Definition
 from moe_jax.rl.dynamic_sampling import filled_rollout
 from moe_jax.rl.environments import Environment
 from moe_jax.rl.grpo import (
+    Drawing,
     Rollout,
+    begin_rollout,
     completion_logprobs,
     completion_states,
+    finish_rollout,
     make_generator,
     make_loss,
     minibatches,
     rollout,
     sample_advantages,
+    samples_in_row,
+    shared_rows,
+    split_rows,
     totals,
 )
 from moe_jax.rl.ppo import SeparateCritic, add_token_advantages, make_values, with_value_head
 from moe_jax.rng import random_key
-from moe_jax.sharding import put_batch, replicate
+from moe_jax.sharding import put_batch, replicate, row_devices
 from moe_jax.training.experiment import Session
 from moe_jax.training.loop import run_phase
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import Batch, TrainState, make_update, start_state
 
+PHASES = ("generate", "score", "reference", "update")
+"""The parts of a step's time; each has a metric `time/…`, in seconds, and its share of their sum, `time/share/…`."""
+
+
+class SamplingPolicy(NamedTuple):
+    """The policy that the next step's samples come from, with `RLConfig.one_step_off`."""
+
+    step: Array
+    """int32, updates before it."""
+    params: Arrays
+
 
 class PolicyState(NamedTuple):
-    """What a policy phase saves: a `TrainState`, under the same names, the reference policy and the critic."""
+    """What a policy phase saves: a `TrainState`, under the same names, the reference policy, the critic and the policy
+    that samples, if that is another one."""
 
     step: Array
     params: Arrays
@@ -52,6 +70,7 @@ class PolicyState(NamedTuple):
     """Parameters of the reference policy; empty when beta is 0."""
     critic: TrainState | tuple[()] = ()
     """PPO's critic, if it is a model of its own."""
+    sampling: SamplingPolicy | tuple[()] = ()
 
     @property
     def train(self) -> TrainState:
@@ -80,6 +99,8 @@ class PolicyTrainer:
             return replicate(completion_logprobs(states, batch, tokenizer.pad_id).logprobs)
 
         self.logprobs = logprobs
+        self.ahead: tuple[tuple[str, int, int], Drawing] | None = None
+        """With `one_step_off` the samples of a (phase, step, seed), which may still be drawn."""
 
     def start(self, params: Arrays, rest: Arrays, mesh: Any) -> PolicyState:
         """The state before the first step: a copy of a model, which is the reference too, and the critic."""
@@ -87,7 +108,8 @@ class PolicyTrainer:
             params = with_value_head(self.definition, params)
         train = start_state(self.definition, self.optimizer, params, rest, mesh)
         reference = jax.tree.map(jnp.copy, train.params) if self.cfg.loss.beta else {}
-        return PolicyState(*train, reference, self.critic.start(params, rest, mesh) if self.critic else ())
+        critic = self.critic.start(params, rest, mesh) if self.critic else ()
+        return PolicyState(*train, reference, critic, _sampling_policy(train) if self.cfg.one_step_off else ())
 
     def train(
         self,
@@ -103,10 +125,15 @@ class PolicyTrainer:
         """Trains a copy of `params` for `cfg.steps` steps; every sample goes to `rollouts/<phase>/<step>.jsonl`."""
         cfg = self.cfg
         observed: set[int] = set()
+        self.ahead = None
 
         def body(state: PolicyState, step: int) -> tuple[PolicyState, dict[str, Any]]:
             if step and not observed:  # a resumed run: metrics.jsonl has the steps before this one, and no others
-                for row in session.run.metrics(phase):
+                rows = session.run.metrics(phase)
+                for row in rows:
+                    if cfg.one_step_off and row is rows[-1]:  # asked for problems before it was told of the last step
+                        assert state.sampling
+                        self.look_ahead(environment, state.sampling.params, state.rest, phase, step, seed)
                     environment.observe(row["step"] - 1, row["rewards/accuracy/mean"])
             observed.add(step)
             state, metrics, rows = self.step(
@@ -160,17 +187,23 @@ class PolicyTrainer:
                 key=random_key(seed, f"rollout/{phase}", number),
             )
 
-        samples = filled_rollout(sample_batch, cfg, step) if cfg.filter_groups else sample_batch(step)
+        sampling = _sampling_policy(train) if state.sampling else ()
+        if state.sampling and sampling:
+            samples = self._drawn_before(environment, state, sampling, phase, step, seed)
+        else:
+            samples = filled_rollout(sample_batch, cfg, step) if cfg.filter_groups else sample_batch(step)
         between()
         started = time.perf_counter()
-        metrics = dict(samples.metrics)
+        metrics = samples.metrics | {"time/reference": 0.0}
+        if state.sampling:
+            metrics["sampling/staleness"] = float(train.step - state.sampling.step)
         metrics["update_skipped"] = float(_active(samples, cfg) < cfg.min_active_groups)
         if not metrics["update_skipped"]:
             batch, samples, found = self._complete(samples, state._replace(reference=reference), mesh)
-            metrics |= found
+            metrics |= found | {"time/reference": time.perf_counter() - started}
             parts = []
-            for minibatch in minibatches(batch, cfg, seed, step):
-                placed = put_batch(minibatch, mesh)
+            for minibatch in minibatches(shared_rows(batch, samples_in_row(cfg)), cfg, seed, step):
+                placed = put_batch(split_rows(minibatch, self._samples_in_row(mesh)), mesh)
                 train, part = self.update(train, placed)
                 if self.critic and critic:
                     critic, learned = self.critic.update(critic, placed)
@@ -178,11 +211,48 @@ class PolicyTrainer:
                     part["critic/grad_norm"] = learned["grad_norm"]
                 parts.append(part)
             metrics |= _mean_over_updates(jax.device_get(parts))
-        metrics["time/update"] = time.perf_counter() - started
-        metrics["tokens_per_second"] = metrics["num_tokens"] / sum(
-            metrics[f"time/{part}"] for part in ("generate", "score", "update")
+        metrics["time/update"] = time.perf_counter() - started - metrics["time/reference"]
+        total = sum(metrics[f"time/{phase}"] for phase in PHASES)
+        metrics |= {f"time/share/{phase}": metrics[f"time/{phase}"] / total for phase in PHASES}
+        metrics["tokens_per_second"] = metrics["num_tokens"] / total
+        return PolicyState(*train, reference, critic, sampling), metrics, samples.rows(step + 1)
+
+    def look_ahead(
+        self, environment: Environment, params: Arrays, rest: Arrays, phase: str, step: int, seed: int
+    ) -> None:
+        """Begins to draw a step's samples with these weights."""
+        drawing = begin_rollout(
+            environment,
+            self.sample,
+            params,
+            rest,
+            self.tokenizer,
+            self.cfg,
+            prompt_length=self.prompt_length,
+            step=step,
+            key=random_key(seed, f"rollout/{phase}", step),
         )
-        return PolicyState(*train, reference, critic), metrics, samples.rows(step + 1)
+        self.ahead = (phase, step, seed), drawing
+
+    def _drawn_before(
+        self,
+        environment: Environment,
+        state: PolicyState,
+        sampling: SamplingPolicy,
+        phase: str,
+        step: int,
+        seed: int,
+    ) -> Rollout:
+        """A step's samples, which the policy of the step before has drawn; `sampling` begins to draw the next ones, so
+        that they are scored meanwhile."""
+        assert state.sampling
+        if self.ahead is None or self.ahead[0] != (phase, step, seed):
+            self.look_ahead(environment, state.sampling.params, state.rest, phase, step, seed)
+        assert self.ahead
+        drawing, self.ahead = self.ahead[1], None
+        if step + 1 < self.cfg.steps:
+            self.look_ahead(environment, sampling.params, state.rest, phase, step + 1, seed)
+        return finish_rollout(drawing, environment, self.tokenizer, self.cfg, step=step, seed=seed)
 
     def _complete(
         self, samples: Rollout, state: PolicyState, mesh: Any
@@ -194,11 +264,12 @@ class PolicyTrainer:
         """
         cfg, loss = self.cfg, self.cfg.loss
         batch = samples.batch(cfg.mask_truncated_completions)
-        placed = put_batch(batch, mesh)
+        placed = put_batch(shared_rows(batch, self._samples_in_row(mesh)), mesh)
+        shape = batch["mask_BN"].shape
         metrics: dict[str, float] = {}
         penalties_BN: np.ndarray | float = 0.0
         if loss.beta:
-            ref_logprobs_BN = np.asarray(self.logprobs(state.reference, state.rest, placed))
+            ref_logprobs_BN = np.asarray(self.logprobs(state.reference, state.rest, placed)).reshape(shape)
             if loss.kl_in == "loss":
                 batch["ref_logprobs_BN"] = ref_logprobs_BN
             else:
@@ -209,7 +280,7 @@ class PolicyTrainer:
                 metrics["kl"] = float(np.sum(kl_BN) / max(np.sum(batch["mask_BN"]), 1))
         if loss.sampler_correction != "none":
             batch["sampler_logprobs_BN"] = batch["old_logprobs_BN"]
-            batch["old_logprobs_BN"] = np.asarray(self.logprobs(state.params, state.rest, placed))
+            batch["old_logprobs_BN"] = np.asarray(self.logprobs(state.params, state.rest, placed)).reshape(shape)
         rewards_B = np.array([part["reward"] for part in samples.parts], np.float32)
         if self.values:
             model = state.critic or state
@@ -221,6 +292,17 @@ class PolicyTrainer:
             batch["advantages_B"] = sample_advantages(rewards_B - np.sum(penalties_BN, axis=1), cfg)[0]
             samples = samples._replace(advantages_B=batch["advantages_B"])
         return batch, samples, metrics
+
+    def _samples_in_row(self, mesh: Any) -> int:
+        """Where sequences are divided over devices, every sample has a row of its own."""
+        if mesh.shape["context"] > 1:
+            return 1
+        return samples_in_row(self.cfg, row_devices(mesh))
+
+
+def _sampling_policy(train: TrainState) -> SamplingPolicy:
+    """A copy, since updates donate their state."""
+    return jax.tree.map(jnp.copy, SamplingPolicy(train.step, train.params))
 
 
 def _active(samples: Rollout, cfg: RLConfig) -> float:

@@ -14,11 +14,16 @@ from moe_jax.config import SamplingConfig
 
 def sample_token(key: Array, logits_BV: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
     """One token per row and its log-probability under the truncated, tempered distribution; [B] int32, [B] float32."""
+    return token_at(jax.random.uniform(key, (len(logits_BV), 1)), logits_BV, cfg)
+
+
+def token_at(uniform_B1: Array, logits_BV: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
+    """`sample_token` with each row's random number given."""
     if cfg.temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1)
         return token_B, jnp.zeros(token_B.shape)
     logprob_BV = log_probabilities(logits_BV, cfg)
-    token_B = draw(key, jnp.exp(logprob_BV))
+    token_B = invert(uniform_B1, jnp.exp(logprob_BV))
     return token_B, jnp.take_along_axis(logprob_BV, token_B[:, None], axis=-1)[:, 0]
 
 
@@ -31,14 +36,18 @@ def log_probabilities(logits_BV: Array, cfg: SamplingConfig) -> Array:
 
 
 def draw(key: Array, probability_BV: Array) -> Array:
-    """One token per row, [B] int32, from probabilities that need not sum to 1.
+    """One token per row, [B] int32, from probabilities that need not sum to 1."""
+    return invert(jax.random.uniform(key, (len(probability_BV), 1)), probability_BV)
 
-    By inverting the cumulative distribution: one random number per row, and a token of probability 0 is never drawn.
+
+def invert(uniform_B1: Array, probability_BV: Array) -> Array:
+    """The tokens at which the cumulative distributions reach random numbers in [0, 1), [B] int32.
+
+    One random number per row, and a token of probability 0 is never drawn.
     """
     cumulative_BV = jnp.cumsum(probability_BV, axis=-1)
-    uniform_B1 = jax.random.uniform(key, (probability_BV.shape[0], 1)) * cumulative_BV[:, -1:]
     # XLA sums in a tree, whose rounding can give a token of probability 0 a slot, or lower the sum by an ulp.
-    reached_BV = (cumulative_BV > uniform_B1) & (probability_BV > 0)
+    reached_BV = (cumulative_BV > uniform_B1 * cumulative_BV[:, -1:]) & (probability_BV > 0)
     best_B = jnp.argmax(probability_BV, axis=-1)
     return jnp.where(jnp.any(reached_BV, axis=-1), jnp.argmax(reached_BV, axis=-1), best_B)
 

@@ -1,12 +1,13 @@
 """Prompts in, completions and their log-probabilities out.
 
-P prompts, G samples per prompt, B rows (P·G), S prompt columns, N new columns, V vocabulary.
+P prompts, G samples per prompt, B rows (P·G), W slots (rows decoded at a time), S prompt columns, N new columns,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import Array
 from moe_jax.config import SamplingConfig
 from moe_jax.model.attention import Entries
 from moe_jax.model.transformer import Cache, Transformer, make_cache, make_entries, unrolled_cache
-from moe_jax.sampling.distribution import sample_token
+from moe_jax.sampling.distribution import token_at
 from moe_jax.sampling.speculative import Drawn, SpeculativeDecoder, State, check_can_draft, single_modules
 
 
@@ -111,6 +112,8 @@ def generate(
     """Samples `group_size` completions of each prompt; pure, to be jitted with the config, the ids and the size static.
 
     A prompt is prefilled once and its cache copied to its group. Decoding ends when every row has drawn a stop token.
+    With `cfg.slots` rows wait for a place among those that are decoded; with `cfg.compactions` finished rows are
+    dropped on the way.
     With `cfg.speculative_tokens` the tokens are other ones than without, from the same distribution; at temperature 0
     they are the same.
     `pad_id` is never drawn: it has probability 0 here, and must have in training too (`banned_ids` of
@@ -147,30 +150,142 @@ def _generate(
     pad_id: int,
     group_size: int,
 ) -> Samples:
-    (P, S), N = tokens_PS.shape, cfg.max_new_tokens
+    (P, S), N, B = tokens_PS.shape, cfg.max_new_tokens, len(tokens_PS) * group_size
     prefilled = model(
         tokens_PS, segment_ids_BS=mask_PS.astype(jnp.int32), cache=make_cache(model.cfg, P, S), prefill=True
     )
     assert prefilled.cache is not None
     last_P = S - 1 - jnp.argmax(mask_PS[:, ::-1], axis=1)
     hidden_PD = jnp.take_along_axis(prefilled.hidden_BSD, last_P[:, None, None], axis=1)[:, 0]
-    hidden_BD = jnp.repeat(hidden_PD, group_size, axis=0)
-    model, cache = model_for_decoding(model), repeat_and_extend(prefilled.cache, group_size, N)
+    decoder = _Decoder(model_for_decoding(model), key, cfg, stop_ids, pad_id, B)
 
-    def draw(n: Array | int, hidden_BD: Array) -> Drawn:
-        logits_BV = model.logits(hidden_BD[:, None])[:, 0].at[:, pad_id].set(-jnp.inf)
-        token_B, logprob_B = sample_token(jax.random.fold_in(key, n), logits_BV, cfg)
-        return Drawn(token_B[:, None], logprob_B[:, None], jnp.ones(token_B.shape, jnp.int32))
+    samples = _no_samples(B, N, pad_id)
+    samples = decoder.draw(samples, jnp.repeat(hidden_PD, group_size, axis=0), jnp.arange(B))
+    width, none = min(cfg.slots or B, B), jnp.zeros((), jnp.int32)
+    if width == B:
+        slots = _Slots(jnp.arange(B), samples, repeat_and_extend(prefilled.cache, group_size, N), none)
+    else:
+        prompts, row_W = repeat_and_extend(prefilled.cache, 1, N), jnp.arange(width)
+        cache = _by_array(lambda axis, x: jnp.take(x, row_W // group_size, axis=axis), prompts)
+        slots = _Slots(row_W, jax.tree.map(lambda x: x[row_W], samples), cache, none)
+        slots, samples = _with_waiting(decoder, slots, samples, prompts, group_size)
+    sizes = [width]
+    while len(sizes) <= cfg.compactions and sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
+        if size < width:
+            slots = _compacted(slots, size)
+        slots = decoder.run(slots, lambda alive_W, smaller=smaller: jnp.sum(alive_W) > smaller)
+        samples = slots.samples if len(slots.row_W) == B else _put_rows(samples, slots)
+    return samples
 
-    def step(carry: tuple[Array, Cache, Samples]) -> tuple[Array, Cache, Samples]:
-        n, cache, samples = carry
-        output = model(jax.lax.dynamic_slice_in_dim(samples.tokens_BN, n - 1, 1, axis=1), cache=cache)
-        assert output.cache is not None
-        return n + 1, output.cache, _append(samples, draw(n, output.hidden_BSD[:, 0]), stop_ids)
 
-    samples = _append(_no_samples(P * group_size, N, pad_id), draw(0, hidden_BD), stop_ids)
-    carry = (jnp.ones((), jnp.int32), cache, samples)
-    return jax.lax.while_loop(lambda carry: jnp.any(_alive(carry[2])), step, carry)[2]
+class _Slots(NamedTuple):
+    """W rows that are decoded together."""
+
+    row_W: Array
+    """int32, which row of the batch each is."""
+    samples: Samples
+    """Of these rows."""
+    cache: Cache
+    """A ring of N columns behind the prompts': all slots write into the same one, so that a row which came later has
+    its tokens elsewhere than at the ring's beginning."""
+    passes: Array
+    """int32, of the model so far."""
+
+
+class _Decoder:
+    """Draws tokens and decodes slots; what row b draws as its nth token depends on the key, b and n alone."""
+
+    def __init__(
+        self, model: Transformer, key: Array, cfg: SamplingConfig, stop_ids: tuple[int, ...], pad_id: int, rows: int
+    ):
+        self.model, self.cfg, self.stop_ids, self.pad_id = model, cfg, stop_ids, pad_id
+        keys_N = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(cfg.max_new_tokens))
+        self.uniform_NB = jax.vmap(lambda key: jax.random.uniform(key, (rows, 1)))(keys_N)[..., 0]
+
+    def draw(self, samples: Samples, hidden_BD: Array, row_B: Array) -> Samples:
+        """Adds a token to each of these rows that goes on."""
+        logits_BV = self.model.logits(hidden_BD[:, None])[:, 0].at[:, self.pad_id].set(-jnp.inf)
+        n_B = jnp.minimum(jnp.sum(samples.mask_BN, axis=1), self.cfg.max_new_tokens - 1)
+        token_B, logprob_B = token_at(self.uniform_NB[n_B, row_B][:, None], logits_BV, self.cfg)
+        drawn = Drawn(token_B[:, None], logprob_B[:, None], jnp.ones(token_B.shape, jnp.int32))
+        return _append(samples, drawn, self.stop_ids)
+
+    def run(self, slots: _Slots, goes_on: Callable[[Array], Array]) -> _Slots:
+        """Decodes while `goes_on` says so of the rows that are alive, and there are any."""
+        N = self.cfg.max_new_tokens
+        first = slots.cache.valid_BT.shape[1] - N
+
+        def step(slots: _Slots) -> _Slots:
+            n_W = jnp.sum(slots.samples.mask_BN, axis=1, keepdims=True)
+            last_W1 = jnp.take_along_axis(slots.samples.tokens_BN, n_W - 1, axis=1)
+            cache = slots.cache._replace(length=first + slots.passes % N)
+            output = self.model(last_W1, cache=cache)
+            assert output.cache is not None
+            samples = self.draw(slots.samples, output.hidden_BSD[:, 0], slots.row_W)
+            return slots._replace(samples=samples, cache=output.cache, passes=slots.passes + 1)
+
+        def cond(slots: _Slots) -> Array:
+            alive_W = _alive(slots.samples)
+            return jnp.any(alive_W) & goes_on(alive_W)
+
+        return jax.lax.while_loop(cond, step, slots)
+
+
+def _with_waiting(
+    decoder: _Decoder, slots: _Slots, samples: Samples, prompts: Cache, group_size: int
+) -> tuple[_Slots, Samples]:
+    """Decodes until no row waits: each takes the place of one that finished. An eighth of the slots, or all rows that
+    wait, change at a time, since a change copies the cache."""
+    W, B = len(slots.row_W), len(samples.finished_B)
+
+    def change(carry: tuple[_Slots, Samples, Array]) -> tuple[_Slots, Samples, Array]:
+        slots, samples, waiting = carry
+
+        def goes_on(alive_W: Array) -> Array:
+            return W - jnp.sum(alive_W) < jnp.minimum(max(W // 8, 1), B - waiting)
+
+        slots = decoder.run(slots, goes_on)
+        samples = _put_rows(samples, slots)
+        free_W = ~_alive(slots.samples)
+        next_W = waiting + jnp.cumsum(free_W) - 1
+        new_W = free_W & (next_W < B)
+        row_W = jnp.where(new_W, next_W, slots.row_W)
+
+        def replaced(axis: int, prompt: Array, x: Array) -> Array:
+            shape = [-1 if n == axis else 1 for n in range(x.ndim)]
+            return jnp.where(new_W.reshape(shape), jnp.take(prompt, row_W // group_size, axis=axis), x)
+
+        cache = _by_array(replaced, prompts, slots.cache)
+        slots = _Slots(row_W, jax.tree.map(lambda x: x[row_W], samples), cache, slots.passes)
+        return slots, samples, waiting + jnp.sum(new_W)
+
+    carry = slots, samples, jnp.asarray(W)
+    return jax.lax.while_loop(lambda carry: carry[2] < B, change, carry)[:2]
+
+
+def _compacted(slots: _Slots, size: int) -> _Slots:
+    """So many slots, the first of which are those that go on."""
+    order_W = jnp.argsort(~_alive(slots.samples), stable=True)[:size]
+    cache = _by_array(lambda axis, x: jnp.take(x, order_W, axis=axis), slots.cache)
+    return _Slots(slots.row_W[order_W], jax.tree.map(lambda x: x[order_W], slots.samples), cache, slots.passes)
+
+
+def _put_rows(samples: Samples, slots: _Slots) -> Samples:
+    return jax.tree.map(lambda x, slot: x.at[slots.row_W].set(slot), samples, slots.samples)
+
+
+def _by_array(f: Callable[..., Array], *caches: Cache) -> Cache:
+    """`f` of the axis of rows and the caches' arrays, for each of their arrays that has rows."""
+
+    def entries(*parts: Any) -> Any:
+        axis = 0 if isinstance(parts[0], list) else 1
+        return jax.tree.map(lambda *x: f(axis, *x), *parts)
+
+    last = caches[-1]
+    dense, moe = (entries(*(getattr(cache, name) for cache in caches)) for name in ("dense", "moe"))
+    return Cache(dense, moe, f(0, *(cache.valid_BT for cache in caches)), last.length)
 
 
 def _generate_speculatively(
@@ -289,6 +404,6 @@ def repeat_and_extend(cache: Cache, times: int, columns: int) -> Cache:
 def repeat_entries(entries: Entries, times: int, columns: int) -> Entries:
     def grow(x_LBT: Array) -> Array:
         x_LBT = jnp.repeat(x_LBT, times, axis=1)
-        return jnp.pad(x_LBT, [(0, 0), (0, 0), (0, columns)] + [(0, 0)] * (x_LBT.ndim - 3))
+        return jnp.pad(x_LBT, [(0, 0)] * (x_LBT.ndim - 2) + [(0, columns), (0, 0)])
 
     return Entries(*map(grow, entries))

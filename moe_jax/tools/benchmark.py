@@ -123,6 +123,55 @@ def benchmark_decode(
     print(json.dumps(results.to_json()) if as_json else benchmark.table(results))
 
 
+def benchmark_grpo(
+    prompts: int = 8,
+    group_size: int = 8,
+    completion_tokens: int = 64,
+    prompt_lengths: tuple[int, ...] = (8, 192),
+    share_prompts: tuple[bool, ...] = (True,),
+    beta: float = 0.001,
+    stop_tokens: int = 0,
+    slots: int = 0,
+    compactions: int = 0,
+    repeats: int = 5,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Times whole steps of GRPO, phase by phase, beside the rate at which this machine multiplies matrices.
+
+    A step is sampling, scoring, the reference's log-probabilities and the update, of a dense model of 5 M parameters
+    in float32. Prints a table: seconds, FLOPs and completion tokens/s. Leave the machine alone meanwhile.
+
+    Args:
+        prompts: Prompts a step.
+        group_size: Samples of each.
+        completion_tokens: Tokens of a completion.
+        prompt_lengths: Tokens of a prompt; each length is timed.
+        share_prompts: Whether a group's samples are trained behind one prompt; with both values they are compared.
+        beta: Weight of the KL to a reference; 0: no reference.
+        stop_tokens: So many of the vocabulary's tokens end a completion; 0: none ends early.
+        slots: Rows decoded at a time, 0: all.
+        compactions: How often the rows decoded at a time are halved when half of them have finished.
+        repeats: Steps of each kind, in turns.
+        as_json: Prints the results as one JSON object, and nothing else.
+    """
+    from moe_jax.benchmarks import grpo as benchmark
+
+    config = benchmark.GRPOBenchmark(
+        prompts=prompts,
+        group_size=group_size,
+        completion_tokens=completion_tokens,
+        prompt_lengths=prompt_lengths,
+        share_prompts=share_prompts,
+        beta=beta,
+        stop_tokens=stop_tokens,
+        slots=slots,
+        compactions=compactions,
+        repeats=repeats,
+    )
+    results = benchmark.benchmark_grpo(config)
+    print(json.dumps(results.to_json()) if as_json else benchmark.table(results))
+
+
 def _load_profile(run: Path) -> tuple[float, ...]:
     """How uneven the loads are that a run's newest router gives to held-out text."""
     import numpy as np

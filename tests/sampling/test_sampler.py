@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RoPEConfig, SamplingConfig
+from moe_jax.config import AttentionConfig, MeshConfig, ModelConfig, MoEConfig, RoPEConfig, SamplingConfig
 from moe_jax.model.definition import Definition
 from moe_jax.ops.token_logprobs import token_logprobs
 from moe_jax.sampling import sampler
-from moe_jax.sampling.distribution import sample_token, truncate
+from moe_jax.sampling.distribution import sample_token, token_at, truncate
 from moe_jax.sampling.sampler import Samples, pad_prompts
+from moe_jax.sharding import make_mesh
 
 V, PAD, STOP, G, N = 13, 0, 1, 3, 8
 CONFIG = ModelConfig(
@@ -153,10 +154,67 @@ def steps(monkeypatch):
 
     def counted(*args):
         jax.debug.callback(lambda: count.append(1))
-        return sample_token(*args)
+        return token_at(*args)
 
-    monkeypatch.setattr(sampler, "sample_token", counted)
+    monkeypatch.setattr(sampler, "token_at", counted)
     return count
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("slots", "compactions"), [(0, 2), (0, 9), (1, 0), (2, 0), (4, 1), (8, 0), (9, 0), (99, 0)])
+def test_samples_do_not_depend_on_waiting_and_compaction(slots, compactions, side):
+    """Nine rows, some of which stop early."""
+    plain = draw(side=side)
+    assert len(set(np.sum(plain.mask_BN, axis=1).tolist())) > 2
+    other = draw(dataclasses.replace(SAMPLING, slots=slots, compactions=compactions), side=side)
+    for name in ("tokens_BN", "mask_BN", "finished_B"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(other, name))
+    np.testing.assert_allclose(plain.logprobs_BN, other.logprobs_BN, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_several_devices_let_rows_wait_as_one_does(kind):
+    attention = CONFIG.attention
+    if kind == "gqa":
+        attention = AttentionConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=6)
+    definition = Definition.of(dataclasses.replace(CONFIG, attention=attention, initializer_range=0.3))
+    tokens, mask = pad_prompts([[5, 3, 9, 2], [7], [4, 4], [3]], PAD)
+    found = []
+    for cfg, devices in ((SAMPLING, 1), (dataclasses.replace(SAMPLING, slots=8, compactions=1), 4)):
+        mesh = make_mesh(MeshConfig(data=devices))
+        with jax.set_mesh(mesh):
+            params, rest = definition.init(jax.random.key(0), mesh)
+
+            @jax.jit
+            def run(params, rest, cfg=cfg):
+                model = definition.merge(params, rest)
+                options = {"stop_ids": (STOP, 2, 3), "pad_id": PAD, "group_size": 4}
+                return sampler.generate(model, tokens, mask, jax.random.key(0), cfg, **options)
+
+            found.append(jax.device_get(run(params, rest)))
+    assert found[0].finished_B.sum() > 0
+    np.testing.assert_array_equal(found[0].tokens_BN, found[1].tokens_BN)
+
+
+@pytest.mark.parametrize("option", [{"slots": 3}, {"slots": 5}, {"compactions": 3}])
+def test_finished_rows_are_not_decoded(monkeypatch, option):
+    """The rows of all passes together: fewer than with all rows until the last has stopped."""
+    rows = []
+
+    def counted(uniform_B1, *rest):
+        jax.debug.callback(lambda: rows.append(len(uniform_B1)))
+        return token_at(uniform_B1, *rest)
+
+    monkeypatch.setattr(sampler, "token_at", counted)
+    tokens, mask = pad_prompts(PROMPTS, PAD)
+    totals = []
+    for cfg in (SAMPLING, dataclasses.replace(SAMPLING, **option)):
+        rows.clear()
+        options = {"cfg": cfg, "stop_ids": (STOP, 2), "pad_id": PAD, "group_size": G}
+        samples = jax.jit(functools.partial(sampler.generate, **options))(model(), tokens, mask, jax.random.key(0))
+        jax.effects_barrier()
+        totals.append(sum(rows))
+    assert np.sum(samples.mask_BN) <= totals[1] < totals[0]
 
 
 def test_decoding_stops_when_all_rows_have_stopped(steps):
