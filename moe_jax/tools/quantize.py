@@ -132,7 +132,7 @@ def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{'':<22}{'before':>12}{'after':>12}",
-            row("perplexity per token", *perplexities, ".4f"),
+            row("perplexity per token", perplexities[0], perplexities[1], ".4f"),
             row("bits per byte", before["bits_per_byte"], after["bits_per_byte"], ".4f"),
             row("on disk, MB", before["bytes_on_disk"] / 1e6, after["bytes_on_disk"] / 1e6, ".3f"),
             row("in memory, MB", before["bytes_in_memory"] / 1e6, after["bytes_in_memory"] / 1e6, ".3f"),
