@@ -305,22 +305,14 @@ class Laboratory:
     def _pretrain(self, phase: str, definition: Definition, train: TrainConfig, seed: int) -> TrainState:
         from moe_jax.data.problem_text import ProblemText
         from moe_jax.rng import random_key
-        from moe_jax.training.optimizer import make_optimizer
-        from moe_jax.training.state import init_state, make_update
-        from moe_jax.training.supervised import make_loss, make_totals, train_supervised
+        from moe_jax.training.supervised import SupervisedTrainer
 
-        optimizer = make_optimizer(train.optimizer, train.steps, definition)
-        trained = definition.at(train.precision)
-        loss, totals = make_loss(trained, (self.tokenizer.pad_id,)), make_totals(trained)
-        make = self._updates.setdefault(
-            phase.split("-seed")[0],
-            make_update(
-                loss, totals, optimizer, accumulation_steps=train.accumulation_steps, balance=definition.cfg.moe
-            ),
-        )
-        state = init_state(definition, optimizer, random_key(seed, "weights"), self.session.mesh)
+        name = phase.split("-seed")[0]
+        if name not in self._updates:
+            self._updates[name] = SupervisedTrainer(definition, train, (self.tokenizer.pad_id,))
         text = ProblemText(self.raw, self.tokenizer, train.batch_size, train.sequence_length, phase)
-        return train_supervised(self.session, phase, make, state, text, train.steps, self.cfg.checkpoint)
+        key = random_key(seed, "weights")
+        return self._updates[name].from_scratch(self.session, phase, key, text, self.cfg.checkpoint)
 
     @cached_property
     def _updates(self) -> dict[str, Any]:
@@ -518,42 +510,26 @@ class Laboratory:
         )
 
     def held_out(self, name: str, model: Callable[[], Any], teacher: bool = False) -> dict[str, Any]:
-        """Evaluates a model on the held-out problems, once: a resumed run neither trains nor samples it again."""
-        from moe_jax.rl.evaluation import evaluate
-        from moe_jax.rng import random_key
-        from moe_jax.training.run import Progress
+        """What the held-out problems say of a model, once: a resumed run neither trains nor samples it again."""
+        from moe_jax.rl.evaluation import held_out
 
-        file = f"evaluations/{name}.json"
-        if (known := self.run.result(file)) is not None:
-            return known
-        trained = model()
         source, problems, tokenizer = self.source, self.problems, self.tokenizer
         if teacher:
-            source, tokenizer = trained.source, trained.tokenizer
+            source, tokenizer = self._asked(self.teacher_tokenizer), self.teacher_tokenizer
             keys = {problem.key for problem in self.problems}
             problems = [problem for problem in source.test if problem.key in keys]
-        with Progress(f"evaluate {name}", len(problems)) as progress:
-
-            def between(done: int, total: int) -> None:
-                progress.update(done)
-                self.session.guard.check()
-
-            result = evaluate(
-                self._sampler(teacher),
-                trained.params,
-                trained.rest,
-                source,
-                problems,
-                tokenizer,
-                self.cfg.evaluation,
-                prompt_length=self.cfg.prompt_length,
-                key=random_key(self.cfg.seed, "evaluation"),
-                between=between,
-            )
-        self.run.write_json(file, result)
-        self.run.rewind(f"evaluate_{name}", -1)  # it was logged already if the run was killed just then
-        self.run.log(f"evaluate_{name}", 0, {"pass_at_1": result["pass_at_1"]["mean"], "worked": result["worked"]})
-        return result
+        return held_out(
+            self.session,
+            name,
+            model,
+            self._sampler(teacher),
+            source,
+            problems,
+            tokenizer,
+            self.cfg.evaluation,
+            prompt_length=self.cfg.prompt_length,
+            seed=self.cfg.seed,
+        )
 
     def _sampler(self, teacher: bool) -> Generator:
         from moe_jax.rl.grpo import make_generator
