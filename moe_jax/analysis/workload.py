@@ -157,27 +157,24 @@ def _training_memory(
     micro_batches: int,
     moment_bytes: int,
 ) -> Memory:
-    """The factors are those that make the sums XLA's, on the cases in `launch/estimate.py`: copies into other layouts
-    and what its heap cannot fill are in them."""
+    """The three factors of `temporaries` are fitted to what XLA says of the cases in `launch/estimate.py`: copies into
+    other layouts, insides of experts, and what its heap cannot fill are in them."""
     width = 2 if cfg.dtype == "bfloat16" else 4
     held = sum(weight.held for weight in all_weights)
-    T, D, moe = rows * sequence, cfg.hidden_size, cfg.moe
-    F = moe.expert_size / sizes["tensor"]
+    T, D, moe, N = rows * sequence, cfg.hidden_size, cfg.moe, sizes["expert"]
     layers, heads = cfg.num_layers + cfg.mtp.depth, cfg.attention.num_heads / sizes["tensor"]
 
-    # A layer's backward pass: its gathered weights in two layouts, their gradients in two, ...
+    # A layer's backward pass: its gathered weights and their gradients, rows of experts, what each head holds.
     stacks = ("moe_blocks", cfg.num_moe_layers), ("dense_blocks", cfg.num_dense_layers)
     layer = max(_layer(all_weights, stack, count) for stack, count in stacks)
-    temporaries = 4 * width * layer
     if moe.num_experts:
-        # ... the rows of experts, in the model's dtype and in float32, outside and inside, and tokens from afar ...
-        shards = sizes["expert"] if moe.num_experts % sizes["expert"] == 0 else 1
-        rows_of_experts = T * moe.num_experts_per_token * (moe.dispatch_buffer if shards > 1 else 1.0)
-        tokens = T * (shards if shards > 1 and _gathers_tokens(cfg, shards) else 1)
-        temporaries += rows_of_experts * (6 * width * D + 11 * width * F) + 5 * width * tokens * D
-    # ... or of attention: queries, keys and values, their gradients in float32, and scores of all pairs or of a block.
+        shared = N > 1 and moe.num_experts % N == 0
+        insides = T * moe.num_experts_per_token * (moe.dispatch_buffer if shared else 1.0) * D
+    else:
+        insides = T * cfg.intermediate_size / sizes["tensor"]
     pairs = sequence**2 if computed_share(sequence) == 1 else attention._BLOCK**2
-    temporaries = max(temporaries, 14 * rows * heads * pairs + T * heads * _query_width(cfg) * (8 * width + 12))
+    per_head = max(93 * width * T * _query_width(cfg), 14 * rows * pairs)
+    temporaries = 1.7 * width * layer + 7.5 * width * insides + heads * per_head
     # Before the layers' gradients there are any: the head, its gradient in float32, and that of a chunk of logits.
     head = (4 + width) * sum(weight.gathered for weight in all_weights if weight.name in ("head_DV", "embed_VD"))
     head = head / (1 if cfg.tie_word_embeddings else 2) + 3 * 2**28

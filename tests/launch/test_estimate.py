@@ -124,3 +124,29 @@ def test_eight_bits_shorten_computing_where_the_chip_has_units_for_them(capsys):
         ("v5p:4x4x8", "int8", 1.0, 1.0),
     ):
         assert low <= compute(topology, "none") / compute(topology, quantization) <= high
+
+
+@pytest.mark.parametrize(
+    ("preset", "topology", "mesh", "batch", "gigabytes"),
+    [
+        ("deepseek_v3", "v5p:4x8x16", (64, 8, 1), 512, 64.8),
+        ("deepseek_v3", "v5p:4x8x16", (16, 8, 4), 128, 46.4),
+        ("deepseek_v3", "tpu7x:8x8x8", (128, 8, 1), 2048, 156.4),
+        ("deepseek_v2_lite", "v5p:2x2x1", (4, 1, 1), 4, 73.7),
+        ("deepseek_v2_lite", "v6e:4x4", (4, 4, 1), 16, 26.2),
+    ],
+)
+def test_memory_is_near_what_the_tpu_compiler_said(capsys, preset, topology, mesh, batch, gigabytes):
+    """Recorded from launch.compile, whose programs these are, as launch/estimate.py has them in its table."""
+    sizes = [f"--mesh.{name}={size}" for name, size in zip(("fsdp", "expert", "tensor"), mesh, strict=True)]
+    found = figures(capsys, "--preset", preset, "--topology", topology, *sizes, "--batch", str(batch))
+    assert found["bytes_per_chip"] == pytest.approx(gigabytes * 1e9, rel=0.15)
+
+
+def test_moments_in_bfloat16_take_half(capsys):
+    adamw = ("--preset", "deepseek_v2_lite", "--topology", "v5p:2x2x1", "--optimizer.beta2", "0.95")
+    whole, half = (
+        figures(capsys, *adamw, "--optimizer.moment-dtype", dtype)["memory_per_chip"]["optimizer"]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half == whole / 2
