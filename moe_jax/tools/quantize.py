@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -123,16 +124,16 @@ def _sizes(model: Pretrained) -> dict[str, float]:
 
 
 def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    import math
-
     def row(name: str, old: float, new: float, form: str) -> str:
         return f"{name:<22}{old:>12{form}}{new:>12{form}}{100 * (new / old - 1):>+10.2f} %"
 
-    perplexities = [math.exp(min(figures["loss"], 700)) for figures in (before, after)]
+    def perplexity(figures: Mapping[str, Any]) -> float:
+        return math.exp(min(figures["loss"], 700))
+
     return "\n".join(
         [
             f"{'':<22}{'before':>12}{'after':>12}",
-            row("perplexity per token", perplexities[0], perplexities[1], ".4f"),
+            row("perplexity per token", perplexity(before), perplexity(after), ".4f"),
             row("bits per byte", before["bits_per_byte"], after["bits_per_byte"], ".4f"),
             row("on disk, MB", before["bytes_on_disk"] / 1e6, after["bytes_on_disk"] / 1e6, ".3f"),
             row("in memory, MB", before["bytes_in_memory"] / 1e6, after["bytes_in_memory"] / 1e6, ".3f"),
