@@ -1,4 +1,13 @@
-"""`python -m moe_jax quantize`: a model's matrices in 8 or 4 bits, with what that costs and saves."""
+"""`python -m moe_jax quantize`: a model's matrices in 8 or 4 bits, with what that costs and saves.
+
+Seen on experiments/pretrain's model (`--model.mtp.depth 0 --run-dir R`, seed 0: 344 k parameters in float32, 10 % not
+quantised), `quantize --run R --batches 16 --sequence-length 256`; perplexity per byte 5.2104 before:
+
+    bits    weights    and activations    on disk      in memory
+    int8    -.01 %     +.08 %             36 %         34 %
+    fp8     +.35 %     +.54 %             34 %         34 %
+    int4    +3.93 %    +3.98 %            26 %         24 %
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,11 @@
 """A sparse model's most loaded experts as a dense model's feed-forward: a start for a student of that teacher.
 
+What it gave, once: teacher `python -m experiments.pretrain --model.mtp.depth 0` (2.38 bits per byte), dense students as
+wide and deep (feed-forward 192), 60 Muon steps of 8 x 128 tokens of the same text, seeds 0 to 2, held-out bits per byte
+with 95 % intervals of the difference. From random weights 3.555; with all the teacher's weights but the experts 2.853;
+with the shared expert and the two most loaded beside each other, as here, 2.785, .068 ± .037 less than without them.
+Two averages of four experts each, by load, gave .049 ± .031. Before any step it is .317 ± .009.
+
 L sparse layers, D model, F feed-forward of an expert, E experts, M of them kept.
 """
 
