@@ -18,10 +18,10 @@ compiled program (libtpu 0.0.42): linear maps and experts, forward, again under 
 none into bfloat16. What that gains of a training step's roofline (launch.estimate with these flags, --seq 4096):
 
     --preset        --topology    --mesh …; --batch          computing, s   step, s (bound by)
-    llama_3_1_8b    tpu7x:2x2x1   fsdp 8; 32                 .990 → .593    .990 (compute) → .678 (HBM)
-    llama_3_1_8b    v6e:4x4       fsdp 16; 32                .622 → .373    .783 (HBM), both
-    llama_3_1_405b  tpu7x:8x8x8   fsdp 1024; 1024            12.0 → 6.31    12.0 (compute) → 10.3 (interconnect)
-    deepseek_v3     tpu7x:8x8x8   fsdp 128, expert 8; 2048   2.84 → 1.81    5.99 (interconnect), both
+    llama_3_1_8b    tpu7x:2x2x1   fsdp 8; 32                 .930 → .533    .930 (compute) → .533 (compute)
+    llama_3_1_8b    v6e:4x4       fsdp 16; 32                .584 → .335    .584 (compute) → .490 (HBM)
+    llama_3_1_405b  tpu7x:8x8x8   fsdp 1024; 1024            11.8 → 6.07    11.8 (compute) → 10.3 (interconnect)
+    deepseek_v3     tpu7x:8x8x8   fsdp 128, expert 8; 2048   2.55 → 1.52    5.50 (interconnect), both
 
 Weights and tokens travel in bfloat16 in any case. With blocks of 128 (the default) a product is a loop that adds up
 float32 sums; their traffic is not in the roofline. --model.quantization-block 0 has one product without a loop.

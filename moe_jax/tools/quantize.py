@@ -1,8 +1,18 @@
-"""`python -m moe_jax quantize`: a model's matrices in 8 or 4 bits, with what that costs and saves."""
+"""`python -m moe_jax quantize`: a model's matrices in 8 or 4 bits, with what that costs and saves.
+
+Seen on experiments/pretrain's model (`--model.mtp.depth 0 --run-dir R`, seed 0: 344 k parameters in float32, 10 % not
+quantised), `quantize --run R --batches 16 --sequence-length 256`; perplexity per byte 5.2104 before:
+
+    bits    weights    and activations    on disk      in memory
+    int8    -.01 %     +.08 %             36 %         34 %
+    fp8     +.35 %     +.54 %             34 %         34 %
+    int4    +3.93 %    +3.98 %            26 %         24 %
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -123,16 +133,16 @@ def _sizes(model: Pretrained) -> dict[str, float]:
 
 
 def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    import math
-
     def row(name: str, old: float, new: float, form: str) -> str:
         return f"{name:<22}{old:>12{form}}{new:>12{form}}{100 * (new / old - 1):>+10.2f} %"
 
-    perplexities = [math.exp(min(figures["loss"], 700)) for figures in (before, after)]
+    def perplexity(figures: Mapping[str, Any]) -> float:
+        return math.exp(min(figures["loss"], 700))
+
     return "\n".join(
         [
             f"{'':<22}{'before':>12}{'after':>12}",
-            row("perplexity per token", perplexities[0], perplexities[1], ".4f"),
+            row("perplexity per token", perplexity(before), perplexity(after), ".4f"),
             row("bits per byte", before["bits_per_byte"], after["bits_per_byte"], ".4f"),
             row("on disk, MB", before["bytes_on_disk"] / 1e6, after["bytes_on_disk"] / 1e6, ".3f"),
             row("in memory, MB", before["bytes_in_memory"] / 1e6, after["bytes_in_memory"] / 1e6, ".3f"),

@@ -102,7 +102,7 @@ def test_the_tool_makes_a_run_whose_export_is_the_same_model(tmp_path, capsys):
     assert main(again) == 2
     assert "only a dense model can be upcycled" in capsys.readouterr().err
     assert main(["convert", "--run", run, "--out", str(tmp_path / "c"), "--upcycle-experts", "4"]) == 2
-    assert "--upcycle-experts: is for" in capsys.readouterr().err
+    assert "--upcycle-experts and --merge-experts: are for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 5])
