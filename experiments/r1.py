@@ -208,7 +208,7 @@ def paper(cfg: Config) -> Config:
     step leaves of R1's 41 thousand hours. A model with fewer positions gets shorter texts.
     """
     most = cfg.model.max_position
-    prompt = min(1024, most // 4)
+    prompt, row = min(1024, most // 4), min(32_768, most)
     optimizer = OptimizerConfig(learning_rate=3e-6, schedule="constant")
     zero = RLConfig(
         steps=650,
@@ -226,8 +226,7 @@ def paper(cfg: Config) -> Config:
     def tuning(documents: int, epochs: int, rows: int, learning_rate: float) -> FineTuning:
         cosine = OptimizerConfig(learning_rate=learning_rate, final_fraction=0.1)
         steps = documents * epochs // rows
-        sizes = {"batch_size": rows, "sequence_length": min(32_768, most), "accumulation_steps": rows // 8}
-        train = TrainConfig(steps, **sizes, optimizer=cosine)
+        train = TrainConfig(steps, rows, sequence_length=row, accumulation_steps=rows // 8, optimizer=cosine)
         return FineTuning(documents, max_batches=max(documents // 1000, 50), train=train, samples=16)
 
     return replace(
