@@ -205,8 +205,10 @@ def paper(cfg: Config) -> Config:
     than reasoning data are in it or in the 600 thousand samples (200 thousand more there); samples are kept as they
     are, where people and DeepSeek-V3 rewrote those of the cold start; the student learns from samples of R1 (there
     from Dev3's 800 thousand). How long the first RL stage was is not published: 158 steps are what R1-Zero's time a
-    step leaves of R1's 41 thousand hours.
+    step leaves of R1's 41 thousand hours. A model with fewer positions gets shorter texts.
     """
+    most = cfg.model.max_position
+    prompt, row = min(1024, most // 4), min(32_768, most)
     optimizer = OptimizerConfig(learning_rate=3e-6, schedule="constant")
     zero = RLConfig(
         steps=650,
@@ -215,7 +217,7 @@ def paper(cfg: Config) -> Config:
         num_minibatches=16,
         accumulation_steps=16,
         reference_refresh_steps=25,
-        sampling=SamplingConfig(max_new_tokens=32_768),
+        sampling=SamplingConfig(max_new_tokens=min(32_768, most - prompt)),
         loss=PolicyLossConfig(aggregation="seq-mean-token-mean", beta=1e-3),
         optimizer=optimizer,
     )
@@ -224,15 +226,13 @@ def paper(cfg: Config) -> Config:
     def tuning(documents: int, epochs: int, rows: int, learning_rate: float) -> FineTuning:
         cosine = OptimizerConfig(learning_rate=learning_rate, final_fraction=0.1)
         steps = documents * epochs // rows
-        train = TrainConfig(
-            steps, batch_size=rows, sequence_length=32_768, accumulation_steps=rows // 8, optimizer=cosine
-        )
+        train = TrainConfig(steps, rows, sequence_length=row, accumulation_steps=rows // 8, optimizer=cosine)
         return FineTuning(documents, max_batches=max(documents // 1000, 50), train=train, samples=16)
 
     return replace(
         cfg,
         student="Qwen/Qwen2.5-Math-1.5B",
-        prompt_length=1024,
+        prompt_length=prompt,
         model=replace(cfg.model, remat="block"),
         zero=zero,
         cold_start=tuning(5000, 3, 128, 5e-5),

@@ -156,6 +156,11 @@ def test_the_papers_settings():
     assert cfg.distillation.train.optimizer.learning_rate == 1e-4 and "1.5B" in cfg.student
 
 
+def test_the_papers_settings_make_room_in_a_smaller_model():
+    cfg = paper(replace(CONFIG, init="some/model", model=replace(CONFIG.model, max_position=2048)))
+    assert cfg.prompt_length + cfg.zero.sampling.max_new_tokens == cfg.rejection.train.sequence_length == 2048
+
+
 def test_without_a_student_nothing_is_distilled():
     assert stages(replace(CONFIG, init="some/model")) == ["base", "zero", "dev1", "dev2", "dev3", "r1", "zero_longer"]
     assert stages(replace(CONFIG, controls=False))[-2:] == ["student", "distilled"]
