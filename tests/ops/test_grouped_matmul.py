@@ -1,12 +1,14 @@
 """Grouped products against a float64 loop over groups. T rows, D input width, F output width, E groups."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.ops.grouped_matmul import Gathered, grouped_matmul, product, weight_gradient
+from moe_jax.ops.grouped_matmul import Gathered, _tiled_weight_gradient, grouped_matmul, product, weight_gradient
 
 IMPLEMENTATIONS = ["ragged", "blocked", "reference"]
 
@@ -209,6 +211,27 @@ def test_the_platform_lowered_for_chooses(platform, ragged):
     text = jax.jit(grouped_matmul).trace(x_TD, w_EDF, sizes_E).lower(lowering_platforms=(platform,)).as_text()
     assert ("ragged_dot" in text) == ragged
     assert ("stablehlo.while" in text) != ragged
+
+
+@pytest.mark.parametrize("num_rows, sizes", [(300, [0, 120, 3, 0, 97, 60]), (3, [0, 1, 0, 1]), (40, [0, 0, 0])])
+def test_the_tpus_weight_gradient_is_that_of_a_loop(num_rows, sizes):
+    """Its kernel, interpreted; rows of no group hold what is not a number."""
+    x_TD, w_EDF, dy_TF, sizes_E = make_inputs(num_rows, sizes)
+    expected = loop_over_groups(x_TD, w_EDF, dy_TF, sizes_E)[2]
+    x_TD[sum(sizes) :], dy_TF[sum(sizes) :] = np.nan, np.inf
+    arrays = (jnp.asarray(a, jnp.float32) for a in (x_TD, dy_TF))
+    found = jax.jit(functools.partial(_tiled_weight_gradient, interpret=True))(*arrays, sizes_E)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tpus_weight_gradient_does_the_work_of_its_rows():
+    def gradient(x_TD, dy_TF, sizes_E):
+        return weight_gradient(x_TD, dy_TF, sizes_E)
+
+    shapes = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16), jax.ShapeDtypeStruct((1024, 128), jnp.bfloat16)
+    traced = jax.jit(gradient).trace(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text and "ragged_dot" not in text
 
 
 @pytest.mark.parametrize(
