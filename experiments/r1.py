@@ -405,9 +405,9 @@ class Pipeline:
         from moe_jax.rl.rejection import rejection_sample
 
         zero, samples = self.cfg.zero, tuning.samples
-        sizes = {"num_prompts": max(zero.num_prompts * zero.group_size // samples, 1), "group_size": samples}
+        num_prompts = max(zero.num_prompts * zero.group_size // samples, 1)
         loss = PolicyLossConfig(baseline="none", scale_rewards="none")
-        rl = replace(zero, **sizes, loss=loss, num_minibatches=1, accumulation_steps=1)
+        rl = RLConfig(num_prompts=num_prompts, group_size=samples, sampling=zero.sampling, loss=loss)
         return rejection_sample(
             self.session,
             self._phase(stage),
