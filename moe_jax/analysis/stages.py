@@ -1,6 +1,7 @@
 """The models that a pipeline's stages end in, side by side: a table and plots.
 
-A stage's entry has `title`, `pass_at_1` (with its interval) and the other figures of `rl.evaluation.evaluate`, numbers.
+A stage's entry has `title`, `pass_at_1` (with its interval), `per_seed` (pass@1 of each seed) and the other
+figures of `rl.evaluation.evaluate`, numbers.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ def plot_stages(path: Path, entries: Entries, consensus: str, language: str) -> 
         values = [entry[figure] for entry in entries.values()]
         if figure != "pass_at_1":
             return Series(label, range(len(values)), values, color)
-        means, lows, highs = ([value[part] for value in values] for part in ("mean", "low", "high"))
+        means = [value["mean"] for value in values]
+        lows, highs = [max(value["low"], 0.0) for value in values], [min(value["high"], 1.0) for value in values]
         return Series(label, range(len(values)), means, color, low=lows, high=highs)
 
     accuracy = [by_stage("single sample", "pass_at_1", plots.BLUE), by_stage("majority", consensus, plots.SKY)]
+    if max(len(entry["per_seed"]) for entry in entries.values()) > 1:
+        singles = [(place, one) for place, entry in enumerate(entries.values()) for one in entry["per_seed"]]
+        accuracy.append(Series("each seed", *zip(*singles, strict=True), color=plots.GREY, marker="_"))
     words = by_stage("words in it", "language", plots.GREEN)
     whole = by_stage("samples wholly in it", "readable", plots.ORANGE)
     length = by_stage("length", "mean_length", plots.PURPLE)
