@@ -121,7 +121,8 @@ def completion_states(definition: Definition, params: Arrays, rest: Arrays, batc
         counted_RS = jnp.broadcast_to((column_S >= S) & (column_S < S + N - 1), valid_RS.shape)
         output = model(tokens_RS, segment_ids_BS=valid_RS.astype(jnp.int32), counted_BS=counted_RS)
     else:
-        output = model.read_branches(tokens_RS, Branches(mask_RS, drawn_RCN[:, :, :read]))
+        followed_RCN = drawn_RCN[:, :, :read] & (jnp.arange(read) < N - 1)
+        output = model.read_branches(tokens_RS, Branches(mask_RS, followed_RCN))
     first_RC1D = jnp.repeat(output.hidden_BSD[:, None, S - 1 : S], C, axis=1)
     later_RCND = output.hidden_BSD[:, S:].reshape(R, C, read, -1)[:, :, : N - 1]
     routers = {} if output.router is None else {"moe_blocks": router_load(output.router)}

@@ -47,7 +47,11 @@ from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import Batch, TrainState, make_update, start_state
 
 PHASES = ("generate", "score", "reference", "update")
-"""The parts of a step's time; each has a metric `time/…`, in seconds, and its share of their sum, `time/share/…`."""
+"""The parts of a step's time; each has a metric `time/…`, in seconds, and its share of their sum, `time/share/…`.
+
+`reference` is all that the objective asks of models before the updates: the reference's log-probabilities, the policy's
+own, the critic's values. With `RLConfig.one_step_off` `generate` is the time that was waited for samples.
+"""
 
 
 class SamplingPolicy(NamedTuple):

@@ -21,7 +21,7 @@ from moe_jax.data.problems import Problem
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.model.definition import Definition
 from moe_jax.rl.grpo import rollout
-from moe_jax.rl.train import PolicyState, PolicyTrainer
+from moe_jax.rl.train import PHASES, PolicyState, PolicyTrainer
 from moe_jax.sharding import make_mesh
 from moe_jax.training.state import start_state
 
@@ -104,9 +104,12 @@ def test_metrics_have_the_fields_names(learned):
     expected = """
         reward reward_std frac_reward_zero_std rewards/accuracy/mean kl entropy clip_ratio/low_mean clip_ratio/high_mean
         clip_ratio/region_mean completions/mean_length completions/clipped_ratio grad_norm moe/max_violation
-        moe/expert_load num_tokens tokens_per_second time/generate time/update
+        moe/expert_load num_tokens tokens_per_second time/generate time/score time/reference time/update
     """
-    assert set(expected.split()) <= learned[1][0].metrics.keys()
+    metrics = learned[1][0].metrics
+    assert set(expected.split()) <= metrics.keys()
+    shares = [metrics[f"time/share/{phase}"] for phase in PHASES]
+    assert min(shares) > 0 and sum(shares) == pytest.approx(1)
 
 
 def test_rows_can_be_read_back(learned):
