@@ -12,7 +12,8 @@ R1-Zero's mixture of languages is put in by hand: the bases' text writes each si
 changes from one to the other in 30 % of the steps. It makes no difference to what is right.
 
 Hardware: 2 CPU cores. Time: 10 minutes of processor time a seed and some 2 to compile (measured beside twenty other
-processes, where it took an hour). Result, seeds 0 to 2, 512 held-out problems with 8 samples each; the paper's AIME 2024 beside it:
+processes, where it took an hour). Result, seeds 0 to 2, 512 held-out problems with 8 samples each, beside the paper's
+AIME 2024:
 
     stage         pass@1, seeds 0, 1, 2    mean     cons@8   length   language   readable    AIME
     base          .339   .284   .253       .292     .602     23.9     .51        .04
