@@ -9,11 +9,10 @@ each other), which is not the work of a step without shared prompts: tokens per 
 
 The contenders of a table are timed in turns, and the matrix rate with them.
 
-Measured against TRL 1.16 (torch 2.13) on the same work, 7 steps each, step by step in turns, on 2 cores that other
-programs used too, so that the processor's seconds are surer than the clock's: 8-token prompts 2.4 s a step against
-4.3 s (by the clock 1.6 times as fast), 192-token prompts 4.1 s against 17.1 s (by the clock over 3.8 times). Tunix
-0.1.7, 8-token prompts, measured by itself: 3.5 s. Of the 2.4 s sampling takes .5 (before caches had heads outside
-positions, .75), the reference .3, the update 1.4.
+Measured beside TRL 1.16 (torch 2.13), step by step in turns, medians of up to 7 steps, on 2 cores of which other
+programs took about one. With 8-token prompts 2.3 s a step against 4.8 s (processor time 2.3 and 4.1 s), with 192-token
+prompts 4.9 s against 17.7 s (4.0 and 16.8 s). Tunix 0.1.7, measured by itself, took 3.5 and 15.8 s of processor time.
+At 8 tokens sampling takes .5 s of the 2.3, the reference .3 and the update 1.5.
 
 P prompts, G samples of each, S prompt tokens, N completion tokens.
 """
