@@ -179,8 +179,8 @@ def _tiled_weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array, interp
     tile = min(_TILE, -(-T // 128) * 128)
     x_TD, dy_TF = (jnp.pad(a, ((0, -T % tile), (0, 0))) for a in (x_TD, dy_TF))
     tiling = tile, min(_TILE, D), min(_TILE, F)
-    dw_EDF = tgmm(x_TD.T, dy_TF, group_sizes_E.astype(jnp.int32), jnp.float32, tiling, interpret=interpret)
-    return dw_EDF.astype(x_TD.dtype)
+    # Sums are float32, in the fast memory; what is written is rounded.
+    return tgmm(x_TD.T, dy_TF, group_sizes_E.astype(jnp.int32), x_TD.dtype, tiling, interpret=interpret)
 
 
 _TILE = 512
