@@ -305,7 +305,7 @@ def test_transformers_loads_the_export(name, tmp_path):
         inputs = (torch.tensor(x) for x in (stored["tokens_BS"], valid_BS.astype(np.int64), positions_BS))
         tokens_BS, mask_BS, positions_BS = inputs
         logits_BSV = model(tokens_BS.long(), attention_mask=mask_BS, position_ids=positions_BS).logits.numpy()
-    np.testing.assert_allclose(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS], rtol=0, atol=1e-6)
+    assert_close(logits_BSV[valid_BS], stored["logits_BSV"][valid_BS])  # stored by PyTorch on another kind of CPU
 
 
 @pytest.mark.slow
