@@ -17,7 +17,7 @@ import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.cos(x[:, None] * x) @ jnp.ones((4096, 4)))  # 64 MB of temporaries
 x = jnp.ones(4096)
 faults = []
-for _ in range(4):
+for _ in range(24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -35,7 +35,8 @@ def faults(how):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc alone is told")
-def test_a_step_touches_no_fresh_pages():
+def test_steps_touch_no_fresh_pages():
+    """Not every step: now and then glibc still takes new ones from the kernel."""
     assert faults("keep") < 0.02 * faults("leave")
 
 
