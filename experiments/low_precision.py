@@ -20,7 +20,7 @@ Then the weights of `fp32` are used in fewer bits without more training (`--bits
 `--int4-steps` more steps with rounded weights (straight-through gradients), against as many without rounding until
 their end. Exact emulation of the rounding on CPUs; nothing here says how fast 8 bits are.
 
-Hardware: 2 CPU cores, 96 minutes beside a dozen other processes; the third seed, beside fewer, took 7. Result, seeds 0
+Hardware: 2 CPU cores, 96 minutes beside a dozen other processes; the third seed, beside fewer, took 6. Result, seeds 0
 to 2, 480,792 parameters, 327,680 tokens a run:
 
     training in                 gap, training loss     gap, held-out loss    bits per byte
