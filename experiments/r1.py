@@ -38,8 +38,8 @@ is learning again from samples that were right; those cost R1 5.9 to 7.9 thousan
 both draw for RL. Not as in the paper: Dev1 loses no accuracy (R1-Zero was not at its end, and right samples teach), and
 the last RL adds little, if anything. The sizes of the SFTs were chosen on seed 0.
 
-The table is of three runs, one for each seed, put together, not of one with --num-seeds 3; seed 0's base and R1-Zero are
-from an earlier commit than its other stages.
+The table is of three runs, one for each seed, put together, not of one with --num-seeds 3; seed 0's base and R1-Zero
+are from an earlier commit than its other stages.
 
 With --init the defaults are the paper's settings (`paper`), which nobody ran here. `python -m moe_jax generate` and the
 like take the R1 model of a run by `--phase r1-seed0`.
