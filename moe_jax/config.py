@@ -478,13 +478,20 @@ class SamplingConfig:
     compactions: int = 0
     """How often the rows decoded at a time are halved, once half of them have finished and none waits. The samples do
     not depend on it; each size is compiled by itself."""
+    cache_parts: int = 1
+    """In how many parts the new tokens' cache is added as it is needed: attention reads what there is. The samples do
+    not depend on it; each length is compiled by itself."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "max_new_tokens")
+        _require_positive(self, "max_new_tokens", "cache_parts")
         _require_not_negative(self, "temperature", "top_k", "speculative_tokens", "slots", "compactions")
         for name in ("slots", "compactions"):
             drafts = self.speculative_tokens and getattr(self, name)
             _require(not drafts, self, name, "has no effect with speculative_tokens; set it to 0")
+        for name in ("slots", "compactions", "speculative_tokens"):
+            grows = self.cache_parts > 1 and getattr(self, name)
+            _require(not grows, self, "cache_parts", f"does not go with {name}: set one of them back")
+        _require(self.cache_parts <= self.max_new_tokens, self, "cache_parts", "must not exceed max_new_tokens")
         _require_fraction(self, "top_p", "min_p")
         _require(self.top_p > 0, self, "top_p", "must be greater than 0")
 
@@ -738,6 +745,10 @@ class RLConfig:
     sees the prompt and itself. Losses, gradients and metrics are the same but for rounding; minibatches are then of
     whole groups where these divide into them. On a mesh with an axis `context`, which divides sequences, every sample
     still has a row of its own."""
+    pack_completions: bool = False
+    """Put short completions of a row one after another, so that it has about as many columns as tokens, not as many
+    completions times the longest. Losses, gradients and metrics are the same but for rounding. At most four programs
+    are compiled instead of one, each when it is first needed."""
     one_step_off: bool = False
     """Asynchrony: a step's samples are drawn by the policy that the step before began with, so that scoring and other
     work of the host run while the device draws the next ones. The objective's ratio is to the policy that drew, whose
@@ -768,6 +779,8 @@ class RLConfig:
         _require_positive(self, "group_size", "max_num_gen_batches")
         if self.loss.baseline in ("group", "leave_one_out") or self.loss.scale_rewards == "group" or self.filter_groups:
             _require(self.group_size >= 2, self, "group_size", "must be at least 2, an advantage compares samples")
+        if self.pack_completions:
+            _require(self.share_prompts, self, "pack_completions", "packs rows that share a prompt: set share_prompts")
         _require_not_negative(self, "reference_refresh_steps", "overlong_buffer", "overlong_penalty")
         _require(
             self.overlong_buffer <= self.sampling.max_new_tokens,

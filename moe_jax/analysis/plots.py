@@ -408,7 +408,7 @@ def _legends(ax: Axes, panel: Panel) -> None:
     style = {"loc": "upper left", "frameon": False, "alignment": "left", "title_fontproperties": {"weight": "bold"}}
     legend = ax.legend(handles=curves, bbox_to_anchor=(1.01, 1), title=panel.series_title or None, **style)
     if levels:
-        ax.add_artist(legend)
+        ax.add_artist(legend).set_clip_on(False)  # what is clipped to the axes gets no room in the layout
         below = 1 - 0.075 * (len(curves) + 2)
         ax.legend(handles=levels, bbox_to_anchor=(1.01, below), title=panel.levels_title or None, **style)
 

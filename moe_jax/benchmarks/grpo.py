@@ -77,11 +77,14 @@ class GRPOBenchmark:
     prompt_lengths: tuple[int, ...] = (8, 192)
     share_prompts: tuple[bool, ...] = (True,)
     """`RLConfig.share_prompts`: with both values they are compared."""
+    pack_completions: bool = False
+    """`RLConfig.pack_completions`."""
     beta: float = 0.001
     stop_tokens: int = 0
     """So many of the vocabulary's tokens end a completion; 0: all completions have full length."""
     slots: int = 0
     compactions: int = 0
+    cache_parts: int = 2
     """As in `SamplingConfig`."""
     repeats: int = 5
     """Steps, after one that compiles."""
@@ -195,10 +198,14 @@ class _Contender:
             num_prompts=config.prompts,
             group_size=config.group_size,
             share_prompts=share_prompts,
+            pack_completions=config.pack_completions and share_prompts,
             min_active_groups=0.0,
             loss=PolicyLossConfig(beta=config.beta),
             sampling=SamplingConfig(
-                max_new_tokens=config.completion_tokens, slots=config.slots, compactions=config.compactions
+                max_new_tokens=config.completion_tokens,
+                slots=config.slots,
+                compactions=config.compactions,
+                cache_parts=1 if config.slots or config.compactions else config.cache_parts,
             ),
             optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup_steps=0),
         )
@@ -229,7 +236,8 @@ class _Contender:
 
 
 def phase_flops(config: GRPOBenchmark, prompt_length: int, share_prompts: bool, drawn: float) -> dict[str, int]:
-    """FLOPs of each phase that multiplies. Sampling works on the `drawn` tokens, training on whole rows."""
+    """FLOPs of each phase that multiplies. Sampling works on the `drawn` tokens, training on whole rows, unless they
+    are packed."""
     P, G, S, N = config.prompts, config.group_size, prompt_length, config.completion_tokens
     token = training_flops_per_token(config.model, 0) // 3
     pair = training_flops_per_token(config.model, 2) // 3 - token
@@ -242,7 +250,8 @@ def phase_flops(config: GRPOBenchmark, prompt_length: int, share_prompts: bool, 
         return tokens * (token - head) + completions * length * head + pairs * pair
 
     sampled = passed(P, P * G, drawn / (P * G))
-    trained = passed(P if share_prompts else P * G, P * G, N)
+    packed = config.pack_completions and share_prompts
+    trained = passed(P if share_prompts else P * G, P * G, drawn / (P * G) if packed else N)
     return {"generate": round(sampled), "reference": round(trained) if config.beta else 0, "update": round(3 * trained)}
 
 

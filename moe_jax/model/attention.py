@@ -12,13 +12,24 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from moe_jax.config import AttentionConfig, ModelConfig
-from moe_jax.model.layers import Initializer, RMSNorm, Rotation, apply_rope, constant, in_floats, linear, yarn_mscale
-from moe_jax.ops.attention import Branches, Tokens, attention, seen_by
+from moe_jax.model.layers import (
+    Initializer,
+    RMSNorm,
+    Rotation,
+    apply_rope,
+    constant,
+    in_floats,
+    linear,
+    product,
+    yarn_mscale,
+)
+from moe_jax.ops.attention import Branches, Tokens, attention, cached_attention, seen_by
 from moe_jax.ops.quantization import Quantized
 from moe_jax.sharding import by_queries
 
@@ -27,7 +38,8 @@ class Entries(NamedTuple):
     """What attention keeps of each position: MLA (latent, rotary key), GQA (keys, values); [B, S, ...] each.
 
     In a cache positions come last but one, [B, T, C] and [B, K, T, W]: heads outside, as the products want them, which
-    would otherwise copy the cache for each token.
+    would otherwise copy the cache for each token. A cache of one layer alone is [B·K, T, ·], or [T, ·] where that is
+    one (`block.own_cache`).
     """
 
     first: Array
@@ -94,14 +106,11 @@ class MLA(nnx.Module):
         return self._output(by_queries(mix, (query, tokens), (entries, tokens), self.key_value_b_CHN))
 
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
-        latent_BTC, key_BTR = entries
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
         halves = self.absorbed or _absorbed(in_floats(self.key_value_b_CHN, x_BSD), self.cfg)
         key_HNC, value_HCV = (half.astype(x_BSD.dtype) for half in halves)
-        query_BSHC = jnp.einsum("BSHN,HNC->BSHC", query_BSHN, key_HNC)
-        query = jnp.concatenate([query_BSHC, query_BSHR], axis=-1)
-        key = jnp.concatenate([latent_BTC, key_BTR], axis=-1)[:, :, None]
-        mixed_BSHC = attention(query, key, latent_BTC[:, :, None], mask_BST, self.scale)
+        queries = jnp.einsum("BSHN,HNC->BSHC", query_BSHN, key_HNC), query_BSHR
+        mixed_BSHC = cached_attention(queries, entries, entries.first, mask_BST, self.scale)
         return self._output(jnp.einsum("BSHC,HCV->BSHV", mixed_BSHC, value_HCV))
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> tuple[Array, Array]:
@@ -139,12 +148,20 @@ class GQA(nnx.Module):
         if a.qk_norm != "none":
             self.query_norm = RMSNorm(W if a.qk_norm == "head" else H * W, cfg.rms_norm_eps)
             self.key_norm = RMSNorm(W if a.qk_norm == "head" else K * W, cfg.rms_norm_eps)
+        self.joined_DJW: Array | None = None
         m = yarn_mscale(a.rope.factor, a.rope.mscale_all_dim) if a.rope.scaling == "yarn" else 1.0
         self.scale = W**-0.5 * m * m
 
+    def absorb(self) -> None:
+        """Joins the three projections for decoding, where one product with few rows is faster than three."""
+        weights = self.query_DHW, self.key_DKW, self.value_DKW
+        mesh = jax.sharding.get_abstract_mesh()
+        plain = not any(isinstance(w[...], Quantized) or w.get_metadata("quantization") for w in weights)
+        if plain and (mesh.empty or mesh.size == 1):
+            self.joined_DJW = nnx.data(jnp.concatenate([w[...] for w in weights], axis=1))
+
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
-        key_BSKW = linear(x_BSD, self.key_DKW)
-        value_BSKW = linear(x_BSD, self.value_DKW)
+        key_BSKW, value_BSKW = self._project(x_BSD, slice(1, 3))
         if self.cfg.qkv_bias:
             key_BSKW += self.key_bias[...].reshape(key_BSKW.shape[2:]).astype(x_BSD.dtype)
             value_BSKW += self.value_bias[...].reshape(value_BSKW.shape[2:]).astype(x_BSD.dtype)
@@ -159,11 +176,18 @@ class GQA(nnx.Module):
         return self._output(by_queries(mix, (self._queries(x_BSD, rot), tokens), (entries, tokens), None))
 
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
-        key_BTKW, value_BTKW = (jnp.moveaxis(x, -2, 1) for x in entries)
-        return self._output(attention(self._queries(x_BSD, rot), key_BTKW, value_BTKW, mask_BST, self.scale))
+        queries, (keys, values) = self._queries(x_BSD, rot), entries
+        return self._output(cached_attention([queries], [keys], values, mask_BST, self.scale))
+
+    def _project(self, x_BSD: Array, part: slice) -> list[Array]:
+        """Of x's queries, keys and values a part; joined, what is left out here is left to the compiler to drop."""
+        if self.joined_DJW is None:
+            return [linear(x_BSD, w) for w in (self.query_DHW, self.key_DKW, self.value_DKW)[part]]
+        H, K = self.cfg.num_heads, self.cfg.num_kv_heads
+        return jnp.split(product(x_BSD, self.joined_DJW), [H, H + K], axis=2)[part]
 
     def _queries(self, x_BSD: Array, rot: Rotation) -> Array:
-        query_BSHW = linear(x_BSD, self.query_DHW)
+        (query_BSHW,) = self._project(x_BSD, slice(1))
         if self.cfg.qkv_bias:
             query_BSHW += self.query_bias[...].reshape(query_BSHW.shape[2:]).astype(x_BSD.dtype)
         if self.cfg.qk_norm != "none":

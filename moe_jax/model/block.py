@@ -57,13 +57,12 @@ class Block(nnx.Module):
         """Returns the block's output, its router's statistics if it is sparse, and the caches with its entries.
 
         `layer` is its number among the blocks of its kind: its place in the caches, unless they are this block's alone,
-        and what hash routing is salted by. Such caches lack the axis of layers: with one of length 1, XLA:CPU copies
-        them at every step of decoding.
+        and what hash routing is salted by. Those are of `own_cache`.
         """
         normed = self.attention_norm(x_BSD)
         with jax.named_scope("attention"):
             entries = self.attention.entries(normed, ctx.rot)
-            slot = _slot(caches, entries, layer)
+            slot = _slot(caches, layer)
             if caches is not None:
                 caches = Entries(*(write(c, e, slot, ctx.column) for c, e in zip(caches, entries, strict=True)))
             if ctx.decode:
@@ -86,27 +85,49 @@ class Block(nnx.Module):
         return constrain(x_BSD + y_BSD, *token_axes(x_BSD.shape), "activation"), stats, caches
 
 
-def _slot(caches: Entries | None, entries: Entries, layer: Array | int) -> Array | int | None:
-    """A layer's place in the caches of a stack; None where they are this layer's alone, without an axis of layers."""
-    if caches is None or caches.first.ndim == entries.first.ndim:
+def own_cache(cache: Array) -> Array:
+    """A layer's cache [B, ..., T, X] for decoding with caches layer by layer: [B·K, T, X], or [T, X] where that is one.
+
+    XLA:CPU writes it in place. With an axis of length 1, or two that a product would merge into one, it writes a second
+    one beside it, and copies both at every step.
+    """
+    cache = cache.reshape(-1, *cache.shape[-2:])
+    return cache[0] if len(cache) == 1 else cache
+
+
+def rows_of(cache: Array, rows: int) -> Array:
+    """Of an `own_cache`, [B, K, T, X]."""
+    return cache.reshape(rows, -1, *cache.shape[-2:])
+
+
+def _slot(caches: Entries | None, layer: Array | int) -> Array | int | None:
+    """A layer's place in the caches of a stack; None where they are this layer's alone."""
+    if caches is None or caches.first.ndim <= 3:
         return None
     return 0 if len(caches.first) == 1 else layer
 
 
 def write(cache: Array, entry: Array, layer: Array | int | None, column: Array | int) -> Array:
-    """The cache [L, B, ..., T, X] with a layer's entry [B, S, ..., X] from a column on, or from each row's own; for the
-    cache [B, ..., T, X] of a single layer, `layer` is None."""
+    """The cache [L, B, ..., T, X] with a layer's entry [B, S, ..., X] from a column on, or from each row's own; of the
+    cache of a single layer (`own_cache`) `layer` is None."""
     entry = jnp.moveaxis(entry.astype(cache.dtype), 1, -2)
-    heads, first, axis = [0] * (entry.ndim - 3), [] if layer is None else [layer], 0 if layer is None else 1
-    if jnp.ndim(column) and len(entry) > 1:
+    by_row = bool(jnp.ndim(column)) and len(entry) > 1
+    if layer is None:
+        if not by_row:
+            entry = entry.reshape(*cache.shape[:-2], *entry.shape[-2:])
+            begin = *[0] * (cache.ndim - 2), jnp.reshape(column, ()), 0
+            return jax.lax.dynamic_update_slice(cache, entry, begin)
+        rows = rows_of(cache, len(entry)), rows_of(entry, len(entry)), jnp.asarray(column)
+        written = jax.vmap(lambda cache, entry, column: jax.lax.dynamic_update_slice(cache, entry, (0, column, 0)))
+        return written(*rows).reshape(cache.shape)
+    heads = [0] * (entry.ndim - 3)
+    if by_row:
 
         def write_row(cache: Array, entry: Array, column: Array) -> Array:
-            entry = entry if layer is None else entry[None]
-            return jax.lax.dynamic_update_slice(cache, entry, (*first, *heads, column, 0))
+            return jax.lax.dynamic_update_slice(cache, entry[None], (layer, *heads, column, 0))
 
-        return jax.vmap(write_row, in_axes=(axis, 0, 0), out_axes=axis)(cache, entry, jnp.asarray(column))
-    entry = entry if layer is None else entry[None]
-    return jax.lax.dynamic_update_slice(cache, entry, (*first, 0, *heads, jnp.reshape(column, ()), 0))
+        return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(cache, entry, jnp.asarray(column))
+    return jax.lax.dynamic_update_slice(cache, entry[None], (layer, 0, *heads, jnp.reshape(column, ()), 0))
 
 
 def stack_blocks(cfg: ModelConfig, count: int, sparse: bool, rngs: nnx.Rngs) -> Block | None:

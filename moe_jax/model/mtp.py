@@ -77,7 +77,8 @@ class MTP(nnx.Module):
     def cached(
         self, hidden_BSD: Array, ahead_BSD: Array, ctx: Context, entries: Entries, layer: int
     ) -> tuple[Array, Entries]:
-        """A chain of one module over its cache [1, B, T, ...], for drafting: its hidden states and the cache.
+        """A chain of one module over its cache, of a stack of one or its own (`block.own_cache`), for drafting: its
+        hidden states and the cache.
 
         `ahead_BSD` are the embeddings of the tokens that it reads ahead, `layer` is its number after the trunk's.
         """

@@ -13,8 +13,8 @@ from flax import nnx
 from jax import Array
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import MLA, Entries, entry_shapes, rotary_dim
-from moe_jax.model.block import Context, run_blocks, stack_blocks, unstack, write
+from moe_jax.model.attention import Entries, entry_shapes, rotary_dim
+from moe_jax.model.block import Context, own_cache, run_blocks, stack_blocks, unstack, write
 from moe_jax.model.layers import Initializer, RMSNorm, constant, product, rotation
 from moe_jax.model.mtp import MTP, MTPOutput, ParallelHeads, make_mtp
 from moe_jax.model.router import RouterStats
@@ -26,7 +26,7 @@ class Cache(NamedTuple):
     """What decoding remembers. Columns are shared by all rows; a column that is padding in a row is not valid there."""
 
     dense: Entries | list[Entries]
-    """The dense layers' entries, [L, B, ..., T, ·] each; for an unrolled model, layer by layer, [B, ..., T, ·]."""
+    """The dense layers' entries, [L, B, ..., T, ·] each; for an unrolled model, layer by layer (`block.own_cache`)."""
     moe: Entries | list[Entries]
     """The sparse layers' entries."""
     valid_BT: Array
@@ -95,7 +95,7 @@ class Transformer(nnx.Module):
             positions_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
             if cache is not None:
                 positions_BS += jnp.sum(cache.valid_BT, axis=1, keepdims=True)
-        place_1S = jnp.arange(tokens_BS.shape[1])[None]
+        place_1S = _places(tokens_BS)
         if cache is None:
             # The layers take a sequence's columns as the devices have them, whose order no result depends on.
             tokens_BS, positions_BS, valid_BS = balanced(tokens_BS), balanced(positions_BS), balanced(valid_BS)
@@ -112,7 +112,8 @@ class Transformer(nnx.Module):
             if tokens_BS.shape[1] > 1:  # a single token sees all that is valid, wherever it stands
                 column_BS = jnp.reshape(column, (-1, 1)) + jnp.arange(tokens_BS.shape[1])
                 seen &= jnp.arange(cache.valid_BT.shape[1]) <= column_BS[:, :, None]
-            cache = cache._replace(dense=_by_rows(cache.dense), moe=_by_rows(cache.moe))
+            rows = len(cache.valid_BT)
+            cache = cache._replace(dense=_by_rows(cache.dense, rows), moe=_by_rows(cache.moe, rows))
         else:
             seen = Tokens(valid_BS.astype(jnp.int32) if segment_ids_BS is None else segment_ids_BS, place_1S)
         keys_BS = self._router_keys(tokens_BS, positions_BS)
@@ -128,9 +129,9 @@ class Transformer(nnx.Module):
         return ModelOutput(self.norm(x_BSD), stats, cache)
 
     def read_branches(self, tokens_BS: Array, branches: Branches) -> ModelOutput:
-        """Hidden states of rows that are a stem and then branches, whose positions go on from the stem's: those that
-        stem and branch would have in rows of their own, with the stem's work done once. Router statistics count the
-        branches alone.
+        """Hidden states of rows that are a stem and then branches, each segment of which goes on from the stem's
+        positions: those that stem and segment would have in rows of their own, with the stem's work done once. Router
+        statistics count the branches alone.
 
         Raises:
             ValueError: the mesh's axis `context` would divide a row, and with it the branches.
@@ -139,10 +140,13 @@ class Transformer(nnx.Module):
             raise ValueError("the mesh's axis context divides sequences: it cannot divide rows of branches")
         (B, P), stem_BP, branch_BCN = branches.stem_BP.shape, *branches
         stem_positions_BP = jnp.cumsum(stem_BP, axis=1) - 1
-        positions_BCN = jnp.cumsum(branch_BCN, axis=2) + stem_positions_BP[:, -1, None, None]
+        column_N = jnp.arange(branch_BCN.shape[2])
+        begins_BCN = branch_BCN != jnp.pad(branch_BCN, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
+        begin_BCN = jax.lax.cummax(jnp.where(begins_BCN, column_N, 0), axis=2)
+        positions_BCN = column_N - begin_BCN + 1 + stem_positions_BP[:, -1, None, None]
         valid_BS, positions_BS = (
             jnp.concatenate([stem, branch.reshape(B, tokens_BS.shape[1] - P)], axis=1)
-            for stem, branch in (branches, (stem_positions_BP, positions_BCN))
+            for stem, branch in ((stem_BP, branch_BCN > 0), (stem_positions_BP, positions_BCN))
         )
         positions_BS = jnp.maximum(positions_BS, 0)
         rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
@@ -165,8 +169,7 @@ class Transformer(nnx.Module):
             None if blocks is None else nnx.List(unstack(blocks)) for blocks in (self.dense_blocks, self.moe_blocks)
         )
         for block in (*(model.dense_blocks or ()), *(model.moe_blocks or ())):
-            if isinstance(block.attention, MLA):
-                block.attention.absorb()
+            block.attention.absorb()
         return model
 
     def _router_keys(self, tokens_BS: Array, positions_BS: Array) -> Array:
@@ -201,7 +204,7 @@ class Transformer(nnx.Module):
     ) -> MTPOutput:
         """Runs the multi-token prediction modules on the trunk's output (DeepSeek-V3 §2.2; arXiv:2404.19737)."""
         assert self.mtp is not None
-        seen = Tokens(segment_ids_BS, jnp.arange(tokens_BS.shape[1])[None])
+        seen = Tokens(segment_ids_BS, _places(tokens_BS))
         seen, positions_BS, keys_BS = balanced((seen, positions_BS, self._router_keys(tokens_BS, positions_BS)))
         rot = rotation(positions_BS, self.cfg.attention.rope, rotary_dim(self.cfg.attention))
         ctx = Context(rot, seen, seen.segment_BS > 0, keys_BS, False, 0, drop_tokens)
@@ -234,13 +237,13 @@ class Transformer(nnx.Module):
             ahead_BS: the tokens number + 1 further.
             column_B: where in the cache a row's positions begin.
             start_B: where in the cache its text begins; all columns from there on are its own.
-            entries: the module's cache, [1, B, ..., T, ·].
+            entries: the module's cache, [1, B, ..., T, ·] or its own (`block.own_cache`).
             prefill: the cache is empty, as for a call of the model.
         """
         column_BS = column_B[:, None] + jnp.arange(tokens_BS.shape[1])
         valid_BS = column_BS >= start_B[:, None]
         if prefill:
-            seen, column = Tokens(valid_BS.astype(jnp.int32), jnp.arange(tokens_BS.shape[1])[None]), 0
+            seen, column = Tokens(valid_BS.astype(jnp.int32), _places(tokens_BS)), 0
         else:
             column_T = jnp.arange(entries.first.shape[-2])
             seen = (column_T >= start_B[:, None, None]) & (column_T <= column_BS[:, :, None])
@@ -252,18 +255,23 @@ class Transformer(nnx.Module):
         return module.cached(hidden_BSD, self.embed(ahead_BS), ctx, entries, self.cfg.num_moe_layers + number)
 
 
+def _places(tokens_BS: Array) -> Array | None:
+    """`Tokens.place_1S`: given where devices share a sequence's columns, none of which has them all."""
+    return jnp.arange(tokens_BS.shape[1])[None] if divides_sequences(tokens_BS.shape[1]) else None
+
+
 def _in_order(stats: RouterStats | None) -> RouterStats | None:
     return stats and stats._replace(experts_BSK=in_order(stats.experts_BSK, axis=2))
 
 
-def _by_rows(caches: Any) -> Any:
+def _by_rows(caches: Any, rows: int) -> Any:
     """Caches whose rows lie where those of one decoded position do."""
-
     axis = 0 if isinstance(caches, list) else 1
 
     def place(x: Array) -> Array:
-        rows, _ = token_axes((x.shape[axis], 1))
-        return constrain(x, "rows", *[None] * (x.ndim - axis - 1)) if rows == "rows" else x
+        if rows == 1 or token_axes((rows, 1))[0] != "rows":
+            return x
+        return constrain(x, "rows", *[None] * (x.ndim - axis - 1))
 
     return jax.tree.map(place, caches)
 
@@ -272,7 +280,7 @@ def unrolled_cache(cache: Cache) -> Cache:
     """The cache for an unrolled model."""
 
     def layers(stacked: Entries) -> list[Entries]:
-        return [Entries(*(x[n] for x in stacked)) for n in range(len(stacked.first))]
+        return [Entries(*(own_cache(x[n]) for x in stacked)) for n in range(len(stacked.first))]
 
     assert isinstance(cache.dense, Entries) and isinstance(cache.moe, Entries)
     return cache._replace(dense=layers(cache.dense), moe=layers(cache.moe))

@@ -1,11 +1,14 @@
 """Softmax attention with any number of key-value heads.
 
 B batch, S queries, T keys, H query heads, K key-value heads, G query heads per key-value head, D key width,
-E value width, R rows of queries that share a key-value head (G·S), N blocks; of branches: P stem, C branches, N tokens.
+E value width, R rows of queries that share a key-value head (G·S), N blocks (of caches: B·K); of branches: P stem,
+C branches, N tokens.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -16,17 +19,28 @@ from jax import Array
 # Scores of a head that one product may hold: longer sequences go block by block.
 _MOST_SCORES = 2048 * 2048
 _BLOCK = 512
+_LEAST_HALVED = 128
 _UNSEEN = -1e30
 _LAST = 2**31 - 1
+
+EVERY_DOCUMENT = -1
+"""The segment of keys that the queries of all documents see."""
 
 
 class Tokens(NamedTuple):
     """Where the tokens of packed rows stand."""
 
     segment_BS: Array
-    """int32, the document of each; 0 is padding."""
-    place_1S: Array
-    """int32, each column's place in the order of its row, which need not be that of the columns."""
+    """int32, the document of each; 0 is padding, and of a key `EVERY_DOCUMENT` belongs to all."""
+    place_1S: Array | None = None
+    """int32, each column's place in the order of its row; None: as the columns stand, which saves work that is known
+    beforehand to be of the future."""
+
+    def places_1S(self) -> Array:
+        return jnp.arange(self.segment_BS.shape[1])[None] if self.place_1S is None else self.place_1S
+
+    def columns(self, start: int, stop: int) -> Tokens:
+        return Tokens(self.segment_BS[:, start:stop], self.places_1S()[:, start:stop])
 
 
 class Causal(NamedTuple):
@@ -37,22 +51,23 @@ class Causal(NamedTuple):
 
     def mask_BST(self) -> Array:
         """bool, True where a query may see a key."""
-        same_BST = self.query.segment_BS[:, :, None] == self.key.segment_BS[:, None, :]
-        not_later_1ST = self.query.place_1S[:, :, None] >= self.key.place_1S[:, None, :]
-        return same_BST & not_later_1ST & (self.key.segment_BS > 0)[:, None, :]
+        query_BS1, key_B1T = self.query.segment_BS[:, :, None], self.key.segment_BS[:, None, :]
+        not_later_1ST = self.query.places_1S()[:, :, None] >= self.key.places_1S()[:, None, :]
+        return ((query_BS1 == key_B1T) & (key_B1T > 0) | (key_B1T == EVERY_DOCUMENT)) & not_later_1ST
 
 
 class Branches(NamedTuple):
     """Rows that are a stem and, after it, branches of equal length: a prompt and its completions.
 
-    A branch's tokens see the stem and, of their own branch, what does not come after them; the stem's tokens see the
-    stem. A row has P + C·N columns. Its work is that of the pairs that see each other, not of all columns.
+    A branch's tokens see the stem and, of their own segment of their branch, what does not come after them; the stem's
+    tokens see the stem. A row has P + C·N columns. Its work is that of the pairs that see each other, not of all
+    columns.
     """
 
     stem_BP: Array
     """bool, True where a column is no padding."""
     branch_BCN: Array
-    """bool, the same."""
+    """int32, the segment of each column (one completion of several that share a branch); 0 is padding."""
 
 
 def seen_by(query: Tokens | Branches, key: Tokens | Branches) -> Causal | Branches:
@@ -110,20 +125,73 @@ def attention(
 @partial(jax.checkpoint, static_argnums=(4,))
 def _dense(q_BSHD: Array, k_BTKD: Array, v_BTKE: Array, seen: Array | Causal, scale: float) -> Array:
     """Heads lie outside and the sum of the weights is divided out last: on a CPU, two to three times faster with
-    gradients than the plain order at a few dozen tokens."""
+    gradients than the plain order at a few dozen tokens. Where columns are known to be in order, the earlier half of
+    the queries makes no scores with the later half of the keys."""
     B, S, H, D = q_BSHD.shape
     K = k_BTKD.shape[2]
-    q_BKRD = q_BSHD.reshape(B, S, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    q_BKGSD = q_BSHD.reshape(B, S, K, H // K, D).transpose(0, 2, 3, 1, 4)
     k_BKTD, v_BKTE = k_BTKD.transpose(0, 2, 1, 3), v_BTKE.transpose(0, 2, 1, 3)
-    score_BKRT = jnp.einsum("BKRD,BKTD->BKRT", q_BKRD, k_BKTD, preferred_element_type=jnp.float32) * scale
-    penalty_BST = jnp.where(seen.mask_BST() if isinstance(seen, Causal) else seen, 0.0, _UNSEEN)
-    score_BKRT += jnp.tile(penalty_BST, (1, H // K, 1))[:, None]
-    largest_BKR1 = jax.lax.stop_gradient(jnp.max(score_BKRT, axis=-1, keepdims=True))
-    weight_BKRT = jnp.exp(score_BKRT - largest_BKR1)
-    total_BKR1 = jnp.sum(weight_BKRT, axis=-1, keepdims=True)
-    mixed_BKRE = jnp.einsum("BKRT,BKTE->BKRE", weight_BKRT.astype(v_BTKE.dtype), v_BKTE)
-    mixed_BKRE = (mixed_BKRE / total_BKR1).astype(q_BSHD.dtype)
-    return mixed_BKRE.reshape(B, H, S, -1).transpose(0, 2, 1, 3)
+
+    def mix(start: int, stop: int, T: int, seen_BST: Array) -> Array:
+        """[B, H, stop - start, E], of these queries with the first T keys."""
+        q_BKRD = q_BKGSD[:, :, :, start:stop].reshape(B, K, -1, D)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        score_BKRT = product("BKRD,BKTD->BKRT", q_BKRD, k_BKTD[:, :, :T]) * scale
+        score_BKRT += jnp.tile(jnp.where(seen_BST, 0.0, _UNSEEN), (1, H // K, 1))[:, None]
+        largest_BKR1 = jax.lax.stop_gradient(jnp.max(score_BKRT, axis=-1, keepdims=True))
+        weight_BKRT = jnp.exp(score_BKRT - largest_BKR1)
+        total_BKR1 = jnp.sum(weight_BKRT, axis=-1, keepdims=True)
+        mixed_BKRE = jnp.einsum("BKRT,BKTE->BKRE", weight_BKRT.astype(v_BTKE.dtype), v_BKTE[:, :, :T])
+        return (mixed_BKRE / total_BKR1).astype(q_BSHD.dtype).reshape(B, H, stop - start, -1)
+
+    if isinstance(seen, Causal):
+        parts = _halves(S) if seen.query.place_1S is None and seen.key.place_1S is None else [(0, S, k_BKTD.shape[2])]
+        masks = [Causal(seen.query.columns(a, b), seen.key.columns(0, T)).mask_BST() for a, b, T in parts]
+    else:
+        parts, masks = [(0, S, k_BKTD.shape[2])], [seen]
+    mixed = [mix(*part, mask_BST) for part, mask_BST in zip(parts, masks, strict=True)]
+    mixed_BHSE = mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=2)
+    return mixed_BHSE.transpose(0, 2, 1, 3)
+
+
+def _halves(S: int) -> list[tuple[int, int, int]]:
+    """Which queries, from and to, are multiplied with how many keys."""
+    return [(0, S // 2, S // 2), (S // 2, S, S)] if S >= _LEAST_HALVED and S % 2 == 0 else [(0, S, S)]
+
+
+def cached_attention(
+    queries: Sequence[Array], keys: Sequence[Array], values: Array, seen_BST: Array, scale: float
+) -> Array:
+    """`attention` to a cache, for decoding, [B, S, H, E]; keys and queries may be in parts, whose products are added.
+
+    Caches are read as they lie. They have positions last but one; what is before them, [B, K], [B·K] or nothing for
+    one row and head, has to be merged for a product, which is no work where it is merged already.
+
+    Args:
+        queries: [B, S, H, D] each.
+        keys: [..., T, D] each.
+        values: [..., T, E].
+        seen_BST: bool, which keys a query may see.
+        scale: of the products.
+    """
+    (B, S, H, _), T = queries[0].shape, values.shape[-2]
+    K = math.prod(values.shape[:-2]) // B
+    lead = () if B * K == 1 else (B * K,)
+
+    def rows(q_BSHD: Array) -> Array:
+        q_BKGSD = q_BSHD.reshape(B, S, K, H // K, -1).transpose(0, 2, 3, 1, 4)
+        return q_BKGSD.reshape(*lead, H // K * S, -1)
+
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    pairs = zip(map(rows, queries), (k.reshape(*lead, T, -1) for k in keys), strict=True)
+    score_NRT = sum(product("...RD,...TD->...RT", q_NRD, k_NTD) for q_NRD, k_NTD in pairs) * scale
+    penalty_BST = jnp.where(seen_BST, 0.0, _UNSEEN)
+    score_NRT += jnp.broadcast_to(penalty_BST[:, None, None], (B, K, H // K, S, T)).reshape(score_NRT.shape)
+    weight_NRT = jnp.exp(score_NRT - jnp.max(score_NRT, axis=-1, keepdims=True))
+    total_NR1 = jnp.sum(weight_NRT, axis=-1, keepdims=True)
+    mixed_NRE = product("...RT,...TE->...RE", weight_NRT.astype(values.dtype), values.reshape(*lead, T, -1))
+    mixed_NRE = (mixed_NRE / total_NR1).astype(queries[0].dtype)
+    return mixed_NRE.reshape(B, K, H // K, S, -1).transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
 
 
 def _branches(
@@ -136,14 +204,15 @@ def _branches(
 ) -> Array:
     """The stem by itself, then all branches, whose softmax runs over the stem's keys and their own."""
     (B, P), (_, C, N) = seen.stem_BP.shape, seen.branch_BCN.shape
-    stem = Tokens(seen.stem_BP.astype(jnp.int32), jnp.arange(P)[None])
+    stem = Tokens(seen.stem_BP.astype(jnp.int32))
     q_BPHD, k_BPKD, v_BPKE = (x[:, :P] for x in (q_BSHD, k_BSKD, v_BSKE))
     q_BCNHD, k_BCNKD, v_BCNKE = (x[:, P:].reshape(B, C, N, *x.shape[2:]) for x in (q_BSHD, k_BSKD, v_BSKE))
     mixed_BPHE = attention(q_BPHD, k_BPKD, v_BPKE, Causal(stem, stem), scale, implementation)
     if implementation is None:
         implementation = "chunked" if N * (P + N) > _MOST_SCORES else "dense"
     if implementation == "dense":
-        seen_BCNN = seen.branch_BCN[:, :, None] & jnp.tril(jnp.ones((N, N), bool))
+        own = Tokens(seen.branch_BCN.reshape(B * C, N))
+        seen_BCNN = Causal(own, own).mask_BST().reshape(B, C, N, N)
         mixed_BCNHE: Array = branch_attention(q_BCNHD, k_BCNKD, v_BCNKE, seen_BCNN, k_BPKD, v_BPKE, seen.stem_BP, scale)
     else:
 
@@ -151,9 +220,8 @@ def _branches(
             """[B·C, P + N, ...]: every branch behind a copy of its stem, for this layer alone."""
             return jnp.concatenate([jnp.repeat(stem, C, axis=0), branch.reshape(B * C, *branch.shape[2:])], axis=1)
 
-        segment = seen.branch_BCN.astype(jnp.int32)
-        own = Tokens(segment.reshape(B * C, N), P + jnp.arange(N)[None])
-        keys = Tokens(whole(stem.segment_BS, segment), jnp.arange(P + N)[None])
+        own = Tokens(seen.branch_BCN.reshape(B * C, N), P + jnp.arange(N)[None])
+        keys = Tokens(whole(jnp.where(seen.stem_BP, EVERY_DOCUMENT, 0), seen.branch_BCN))
         k, v = whole(k_BPKD, k_BCNKD), whole(v_BPKE, v_BCNKE)
         mixed_BCNHE = attention(q_BCNHD.reshape(B * C, *q_BCNHD.shape[2:]), k, v, Causal(own, keys), scale, "chunked")
     return jnp.concatenate([mixed_BPHE, mixed_BCNHE.reshape(B, C * N, *mixed_BPHE.shape[2:])], axis=1)
@@ -295,7 +363,7 @@ def _scores(scale: float, q_BKGSD: Array, k_BKTD: Array, seen: Causal, dtype: jn
 def _meet(query: Tokens, key: Tokens) -> Array:
     """Whether any key of a block comes before any query. Of places alone: documents differ between rows, and rows lie
     on different devices, which would have to agree first."""
-    return jnp.min(key.place_1S) <= jnp.max(query.place_1S)
+    return jnp.min(key.places_1S()) <= jnp.max(query.places_1S())
 
 
 def _split(x: Array, axis: int, fill: int = 0) -> Array:
@@ -309,7 +377,7 @@ def _split(x: Array, axis: int, fill: int = 0) -> Array:
 
 
 def _split_tokens(tokens: Tokens, fill_place: int) -> Tokens:
-    return Tokens(_split(tokens.segment_BS, 1), _split(tokens.place_1S, 1, fill_place))
+    return Tokens(_split(tokens.segment_BS, 1), _split(tokens.places_1S(), 1, fill_place))
 
 
 def _merge(x: Array, axis: int, size: int) -> Array:

@@ -322,15 +322,16 @@ def _blocked_product(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w
 def _row_by_row(x_TD: Rows, w_EDF: Array, group_sizes_E: Array, transpose_w: bool) -> Array:
     """One token's experts, when decoding: a product with a single row goes as fast as its matrix is read."""
     (num_rows, _, dtype), (_, D, F) = _size(x_TD), w_EDF.shape
-    ends_E = jnp.cumsum(group_sizes_E)
-    group_T = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
+    ends_E = jnp.cumsum(group_sizes_E).astype(jnp.uint32)  # unsigned: an index that may be negative takes one more step
+    row_T = jnp.arange(num_rows, dtype=jnp.uint32)
+    group_T = jnp.searchsorted(ends_E, row_T, side="right", method="compare_all").astype(jnp.uint32)
 
     def row(t: Array, y_TF: Array) -> Array:
-        w_DF = lax.dynamic_index_in_dim(w_EDF, group_T[t], keepdims=False)
+        w_DF = lax.dynamic_index_in_dim(w_EDF, lax.dynamic_index_in_dim(group_T, t, keepdims=False), keepdims=False)
         y_F = row_product(_take(x_TD, t, 1)[0], w_DF.T if transpose_w else w_DF, _accumulator(dtype))
         return lax.dynamic_update_index_in_dim(y_TF, y_F.astype(dtype), t, 0)
 
-    return lax.fori_loop(0, ends_E[-1], row, jnp.zeros((num_rows, D if transpose_w else F), dtype))
+    return lax.fori_loop(jnp.uint32(0), ends_E[-1], row, jnp.zeros((num_rows, D if transpose_w else F), dtype))
 
 
 def _blocked_weight_gradient(x_TD: Rows, dy_TF: Rows, group_sizes_E: Array) -> Array:

@@ -4,6 +4,8 @@ P prompts, G samples per prompt, B samples (P·G), S tokens of prompt and comple
 tokens of a completion.
 
 A trainer's batch has R rows of C samples each, which share the row's prompt: P tokens and C·N instead of C·(P + N).
+Packed, the samples of a row lie in K ≤ C branches of M columns, several in one where they are short. X are the columns
+of a row from which tokens are predicted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from moe_jax.losses.balance import RouterLoad, router_load
 from moe_jax.losses.critic import value_loss
 from moe_jax.losses.policy import policy_loss
 from moe_jax.model.definition import Arrays, Definition
-from moe_jax.model.transformer import Transformer
+from moe_jax.model.transformer import ModelOutput, Transformer
 from moe_jax.ops.attention import Branches
 from moe_jax.ops.token_logprobs import TokenLogprobs, token_logprobs
 from moe_jax.rl.environments import Completion, Environment, Parts
@@ -98,12 +100,63 @@ def by_sample(batch: Batch) -> Batch:
     return {name.replace("_RC", "_B"): x.reshape(-1, *x.shape[2:]) for name, x in batch.items() if "_RC" in name}
 
 
+def packed_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`shared_rows` with short completions one after another in the same branch: the branches' tokens, segments and
+    next tokens are added, `branch_…_RKM`, and `place_RCN`, the column X that each completion's token is predicted from.
+
+    All rows have as many branches as that which needs most (first fit, the longest first), in quarters of C, so that at
+    most four programs are compiled. Rows that need all C branches stay as they are.
+    """
+    drawn_RCN, tokens_RCN = rows["drawn_RCN"], rows["tokens_RCN"]
+    R, C, N = drawn_RCN.shape
+    M = max(N - 1, 1)
+    read_RC = np.maximum(np.sum(drawn_RCN, axis=2) - 1, 0)  # a last token predicts nothing
+    places = [_first_fit(read_C, M) for read_C in read_RC]
+    quarter = -(-C // 4)
+    K = -(-max(len(used) for _, used in places) // quarter) * quarter
+    if K >= C:
+        return rows
+    branches = {name: np.zeros((R, K * M), np.int32) for name in ("tokens", "segments", "targets")}
+    place_RCN = np.zeros(drawn_RCN.shape, np.int32)
+    for r, (first_C, _) in enumerate(places):
+        for c, (first, read) in enumerate(zip(first_C, read_RC[r], strict=True)):
+            columns = slice(first, first + read)
+            branches["tokens"][r, columns] = tokens_RCN[r, c, :read]
+            branches["targets"][r, columns] = tokens_RCN[r, c, 1 : read + 1]
+            branches["segments"][r, columns] = c + 1
+            place_RCN[r, c, 0] = c
+            place_RCN[r, c, 1 : read + 1] = C + first + np.arange(read)
+    return rows | {f"branch_{k}_RKM": v.reshape(R, K, M) for k, v in branches.items()} | {"place_RCN": place_RCN}
+
+
+def _first_fit(lengths_C: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
+    """Where each length begins among bins of a size, one after another; and how much of each bin is used."""
+    first_C, used = np.zeros(len(lengths_C), np.int32), [0]
+    for c in np.argsort(-lengths_C, kind="stable"):
+        fits = [k for k, columns in enumerate(used) if columns + lengths_C[c] <= size]
+        k = fits[0] if fits else len(used)
+        used += [] if fits else [0]
+        first_C[c] = k * size + used[k]
+        used[k] += int(lengths_C[c])
+    return first_C, used
+
+
 class CompletionStates(NamedTuple):
     """What a model makes of the places that the completions' tokens were drawn at."""
 
     model: Transformer
-    hidden_RCND: Array
+    hidden_RXD: Array
+    targets_RX: Array
+    """The tokens that were drawn there; after a completion's end, anything."""
+    place_RCN: Array | None
+    """Which X each completion's token belongs to; None: X is C·N."""
     routers: dict[str, RouterLoad]
+
+    def by_token(self, x_RX: Array, shape: tuple[int, ...]) -> Array:
+        """What was found of each place, [R, C, N]; after a completion's end, of any."""
+        if self.place_RCN is None:
+            return x_RX.reshape(shape)
+        return jnp.take_along_axis(x_RX, self.place_RCN.reshape(len(x_RX), -1), axis=1).reshape(shape)
 
 
 def completion_states(definition: Definition, params: Arrays, rest: Arrays, batch: Batch) -> CompletionStates:
@@ -112,38 +165,49 @@ def completion_states(definition: Definition, params: Arrays, rest: Arrays, batc
     model = definition.merge(params, rest)
     prompts_RS, mask_RS, drawn_RCN = batch["prompts_RS"], batch["prompt_mask_RS"], batch["drawn_RCN"]
     (R, C, N), S = drawn_RCN.shape, prompts_RS.shape[1]
-    # A single completion keeps its last token, which nothing is asked of: the row's length may have to divide.
-    read = N if C == 1 else max(N - 1, 1)
-    tokens_RS = jnp.concatenate([prompts_RS, batch["tokens_RCN"][:, :, :read].reshape(R, C * read)], axis=1)
-    if C == 1:
-        valid_RS = jnp.concatenate([mask_RS, drawn_RCN[:, 0]], axis=1)
-        column_S = jnp.arange(S + N)
-        counted_RS = jnp.broadcast_to((column_S >= S) & (column_S < S + N - 1), valid_RS.shape)
-        output = model(tokens_RS, segment_ids_BS=valid_RS.astype(jnp.int32), counted_BS=counted_RS)
+
+    def read(branches_RKM: Array, segments_RKM: Array) -> ModelOutput:
+        tokens_RS = jnp.concatenate([prompts_RS, branches_RKM.reshape(R, -1)], axis=1)
+        return model.read_branches(tokens_RS, Branches(mask_RS, segments_RKM.astype(jnp.int32)))
+
+    if "place_RCN" in batch:
+        output = read(batch["branch_tokens_RKM"], batch["branch_segments_RKM"])
+        first_RCD, place_RCN = jnp.repeat(output.hidden_BSD[:, S - 1 : S], C, axis=1), batch["place_RCN"]
+        hidden_RXD = jnp.concatenate([first_RCD, output.hidden_BSD[:, S:]], axis=1)
+        targets_RX = jnp.concatenate([batch["tokens_RCN"][:, :, 0], batch["branch_targets_RKM"].reshape(R, -1)], axis=1)
     else:
-        followed_RCN = drawn_RCN[:, :, :read] & (jnp.arange(read) < N - 1)
-        output = model.read_branches(tokens_RS, Branches(mask_RS, followed_RCN))
-    first_RC1D = jnp.repeat(output.hidden_BSD[:, None, S - 1 : S], C, axis=1)
-    later_RCND = output.hidden_BSD[:, S:].reshape(R, C, read, -1)[:, :, : N - 1]
+        # A single completion keeps its last token, which nothing is asked of: the row's length may have to divide.
+        columns = N if C == 1 else max(N - 1, 1)
+        followed_RCN = jnp.pad(drawn_RCN[:, :, 1:], ((0, 0), (0, 0), (0, 1)))[:, :, :columns]
+        if C == 1:
+            tokens_RS = jnp.concatenate([prompts_RS, batch["tokens_RCN"][:, 0]], axis=1)
+            valid_RS = jnp.concatenate([mask_RS, drawn_RCN[:, 0]], axis=1)
+            counted_RS = jnp.concatenate([jnp.zeros_like(mask_RS), followed_RCN[:, 0]], axis=1)
+            output = model(tokens_RS, segment_ids_BS=valid_RS.astype(jnp.int32), counted_BS=counted_RS)
+        else:
+            output = read(batch["tokens_RCN"][:, :, :columns], followed_RCN)
+        first_RC1D = jnp.repeat(output.hidden_BSD[:, None, S - 1 : S], C, axis=1)
+        later_RCND = output.hidden_BSD[:, S:].reshape(R, C, columns, -1)[:, :, : N - 1]
+        hidden_RXD = jnp.concatenate([first_RC1D, later_RCND], axis=2).reshape(R, C * N, -1)
+        targets_RX, place_RCN = batch["tokens_RCN"].reshape(R, C * N), None
     routers = {} if output.router is None else {"moe_blocks": router_load(output.router)}
-    return CompletionStates(model, jnp.concatenate([first_RC1D, later_RCND], axis=2), routers)
+    return CompletionStates(model, hidden_RXD, targets_RX, place_RCN, routers)
 
 
 def completion_logprobs(
     states: CompletionStates, batch: Batch, pad_id: int, with_entropy: bool = False
 ) -> TokenLogprobs:
-    """Log-probabilities (and entropies) of the completions' tokens, [R, C, N]."""
-    (R, C, N), vocabulary = batch["tokens_RCN"].shape, states.model.cfg.vocab_size
-    tokens_RCN = jnp.where(batch["drawn_RCN"], batch["tokens_RCN"], (pad_id + 1) % vocabulary)
+    """Log-probabilities (and entropies) of the completions' tokens, [R, C, N]; after their end, anything finite."""
+    drawn_RCN, vocabulary = batch["drawn_RCN"], states.model.cfg.vocab_size
     found = token_logprobs(
-        states.hidden_RCND.reshape(R, C * N, -1),
+        states.hidden_RXD,
         states.model.head(),
-        tokens_RCN.reshape(R, C * N),
+        jnp.where(states.targets_RX == pad_id, (pad_id + 1) % vocabulary, states.targets_RX),
         banned_ids=(pad_id,),
-        shards=token_shards((R, C * N)),
+        shards=token_shards(states.targets_RX.shape),
         with_entropy=with_entropy,
     )
-    return TokenLogprobs(*(None if x is None else x.reshape(R, C, N) for x in found))  # pyright: ignore
+    return TokenLogprobs(*(None if x is None else states.by_token(x, drawn_RCN.shape) for x in found))  # pyright: ignore
 
 
 def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
@@ -185,7 +249,7 @@ def make_loss(definition: Definition, cfg: RLConfig, pad_id: int) -> Loss:
         maxima = {"sampling/sampling_logp_difference/max": jax.lax.stop_gradient(largest)}
         total = policy.loss.sum / count
         if definition.value_head:
-            values_BN = states.model.values(states.hidden_RCND.reshape(*mask_BN.shape, -1))
+            values_BN = states.by_token(states.model.values(states.hidden_RXD), mask_BN.shape)
             old_BN, returns_BN = batch["values_BN"], batch["returns_BN"]
             value = value_loss(values_BN, old_BN, returns_BN, mask_BN, cfg.critic.cliprange_value)
             total += cfg.critic.value_loss_coef * value.loss.sum / totals.tokens

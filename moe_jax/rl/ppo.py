@@ -43,8 +43,8 @@ def with_value_head(definition: Definition, params: Arrays) -> Arrays:
 def completion_values(definition: Definition, params: Arrays, rest: Arrays, batch: Batch) -> Array:
     """float32 [B, N], the value of the state before each completion token."""
     states = completion_states(definition, params, rest, batch)
-    B, N, D = -1, *states.hidden_RCND.shape[2:]
-    return states.model.values(states.hidden_RCND.reshape(B, N, D))
+    N = batch["drawn_RCN"].shape[2]
+    return states.by_token(states.model.values(states.hidden_RXD), batch["drawn_RCN"].shape).reshape(-1, N)
 
 
 def make_value_loss(definition: Definition, cfg: RLConfig) -> Loss:

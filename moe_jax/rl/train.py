@@ -31,6 +31,7 @@ from moe_jax.rl.grpo import (
     make_generator,
     make_loss,
     minibatches,
+    packed_rows,
     rollout,
     sample_advantages,
     samples_in_row,
@@ -207,7 +208,7 @@ class PolicyTrainer:
             metrics |= found | {"time/reference": time.perf_counter() - started}
             parts = []
             for minibatch in minibatches(shared_rows(batch, samples_in_row(cfg)), cfg, seed, step):
-                placed = put_batch(split_rows(minibatch, self._samples_in_row(mesh)), mesh)
+                placed = self._placed(split_rows(minibatch, self._samples_in_row(mesh)), mesh)
                 train, part = self.update(train, placed)
                 if self.critic and critic:
                     critic, learned = self.critic.update(critic, placed)
@@ -268,7 +269,7 @@ class PolicyTrainer:
         """
         cfg, loss = self.cfg, self.cfg.loss
         batch = samples.batch(cfg.mask_truncated_completions)
-        placed = put_batch(shared_rows(batch, self._samples_in_row(mesh)), mesh)
+        placed = self._placed(shared_rows(batch, self._samples_in_row(mesh)), mesh)
         shape = batch["mask_BN"].shape
         metrics: dict[str, float] = {}
         penalties_BN: np.ndarray | float = 0.0
@@ -296,6 +297,9 @@ class PolicyTrainer:
             batch["advantages_B"] = sample_advantages(rewards_B - np.sum(penalties_BN, axis=1), cfg)[0]
             samples = samples._replace(advantages_B=batch["advantages_B"])
         return batch, samples, metrics
+
+    def _placed(self, rows: dict[str, np.ndarray], mesh: Any) -> Batch:
+        return put_batch(packed_rows(rows) if self.cfg.pack_completions else rows, mesh)
 
     def _samples_in_row(self, mesh: Any) -> int:
         """Where sequences are divided over devices, every sample has a row of its own."""

@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax import Array
 
 from moe_jax.config import SamplingConfig
 from moe_jax.model.attention import Entries
+from moe_jax.model.block import own_cache, rows_of
 from moe_jax.model.transformer import Cache, Transformer, make_cache, make_entries, unrolled_cache
 from moe_jax.sampling.distribution import token_at
 from moe_jax.sampling.speculative import Drawn, SpeculativeDecoder, State, check_can_draft, single_modules
@@ -157,13 +159,17 @@ def _generate(
     assert prefilled.cache is not None
     last_P = S - 1 - jnp.argmax(mask_PS[:, ::-1], axis=1)
     hidden_PD = jnp.take_along_axis(prefilled.hidden_BSD, last_P[:, None, None], axis=1)[:, 0]
-    decoder = _Decoder(model_for_decoding(model), key, cfg, stop_ids, pad_id, B)
+    decoder = _Decoder(model_for_decoding(model), key, cfg, stop_ids, pad_id, B, S)
 
     samples = _no_samples(B, N, pad_id)
     samples = decoder.draw(samples, jnp.repeat(hidden_PD, group_size, axis=0), jnp.arange(B))
     width, none = min(cfg.slots or B, B), jnp.zeros((), jnp.int32)
     if width == B:
-        slots = _Slots(jnp.arange(B), samples, repeat_and_extend(prefilled.cache, group_size, N), none)
+        lengths = [-(-N * part // cfg.cache_parts) for part in range(1, cfg.cache_parts + 1)]
+        slots = _Slots(jnp.arange(B), samples, repeat_and_extend(prefilled.cache, group_size, lengths[0]), none)
+        for length, longer in itertools.pairwise(lengths):
+            slots = decoder.run(slots, lambda slots, length=length: slots.passes < length)
+            slots = slots._replace(cache=_extended(slots.cache, longer - length))
     else:
         prompts, row_W = repeat_and_extend(prefilled.cache, 1, N), jnp.arange(width)
         cache = _by_array(lambda axis, x: jnp.take(x, row_W // group_size, axis=axis), prompts)
@@ -175,7 +181,7 @@ def _generate(
     for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < width:
             slots = _compacted(slots, size)
-        slots = decoder.run(slots, lambda alive_W, smaller=smaller: jnp.sum(alive_W) > smaller)
+        slots = decoder.run(slots, lambda slots, smaller=smaller: jnp.sum(_alive(slots.samples)) > smaller)
         samples = slots.samples if len(slots.row_W) == B else _put_rows(samples, slots)
     return samples
 
@@ -198,9 +204,17 @@ class _Decoder:
     """Draws tokens and decodes slots; what row b draws as its nth token depends on the key, b and n alone."""
 
     def __init__(
-        self, model: Transformer, key: Array, cfg: SamplingConfig, stop_ids: tuple[int, ...], pad_id: int, rows: int
+        self,
+        model: Transformer,
+        key: Array,
+        cfg: SamplingConfig,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        rows: int,
+        first: int,
     ):
-        self.model, self.cfg, self.stop_ids, self.pad_id = model, cfg, stop_ids, pad_id
+        """`rows` are those of the batch, `first` the column behind the prompts."""
+        self.model, self.cfg, self.stop_ids, self.pad_id, self.first = model, cfg, stop_ids, pad_id, first
         keys_N = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(cfg.max_new_tokens))
         self.uniform_NB = jax.vmap(lambda key: jax.random.uniform(key, (rows, 1)))(keys_N)[..., 0]
 
@@ -212,23 +226,21 @@ class _Decoder:
         drawn = Drawn(token_B[:, None], logprob_B[:, None], jnp.ones(token_B.shape, jnp.int32))
         return _append(samples, drawn, self.stop_ids)
 
-    def run(self, slots: _Slots, goes_on: Callable[[Array], Array]) -> _Slots:
-        """Decodes while `goes_on` says so of the rows that are alive, and there are any."""
+    def run(self, slots: _Slots, goes_on: Callable[[_Slots], Array]) -> _Slots:
+        """Decodes while `goes_on` says so and rows are alive."""
         N = self.cfg.max_new_tokens
-        first = slots.cache.valid_BT.shape[1] - N
 
         def step(slots: _Slots) -> _Slots:
             n_W = jnp.sum(slots.samples.mask_BN, axis=1, keepdims=True)
             last_W1 = jnp.take_along_axis(slots.samples.tokens_BN, n_W - 1, axis=1)
-            cache = slots.cache._replace(length=first + slots.passes % N)
+            cache = slots.cache._replace(length=self.first + slots.passes % N)
             output = self.model(last_W1, cache=cache)
             assert output.cache is not None
             samples = self.draw(slots.samples, output.hidden_BSD[:, 0], slots.row_W)
             return slots._replace(samples=samples, cache=output.cache, passes=slots.passes + 1)
 
         def cond(slots: _Slots) -> Array:
-            alive_W = _alive(slots.samples)
-            return jnp.any(alive_W) & goes_on(alive_W)
+            return jnp.any(_alive(slots.samples)) & goes_on(slots)
 
         return jax.lax.while_loop(cond, step, slots)
 
@@ -243,8 +255,8 @@ def _with_waiting(
     def change(carry: tuple[_Slots, Samples, Array]) -> tuple[_Slots, Samples, Array]:
         slots, samples, waiting = carry
 
-        def goes_on(alive_W: Array) -> Array:
-            return W - jnp.sum(alive_W) < jnp.minimum(max(W // 8, 1), B - waiting)
+        def goes_on(slots: _Slots) -> Array:
+            return W - jnp.sum(_alive(slots.samples)) < jnp.minimum(max(W // 8, 1), B - waiting)
 
         slots = decoder.run(slots, goes_on)
         samples = _put_rows(samples, slots)
@@ -272,18 +284,28 @@ def _compacted(slots: _Slots, size: int) -> _Slots:
     return _Slots(slots.row_W[order_W], jax.tree.map(lambda x: x[order_W], slots.samples), cache, slots.passes)
 
 
+def _extended(cache: Cache, columns: int) -> Cache:
+    def grow(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, columns), (0, 0)])
+
+    dense, moe = (jax.tree.map(grow, entries) for entries in (cache.dense, cache.moe))
+    return Cache(dense, moe, jnp.pad(cache.valid_BT, ((0, 0), (0, columns))), cache.length)
+
+
 def _put_rows(samples: Samples, slots: _Slots) -> Samples:
     return jax.tree.map(lambda x, slot: x.at[slots.row_W].set(slot), samples, slots.samples)
 
 
 def _by_array(f: Callable[..., Array], *caches: Cache) -> Cache:
     """`f` of the axis of rows and the caches' arrays, for each of their arrays that has rows."""
+    last = caches[-1]
+    counts = [len(cache.valid_BT) for cache in caches]
 
     def entries(*parts: Any) -> Any:
-        axis = 0 if isinstance(parts[0], list) else 1
-        return jax.tree.map(lambda *x: f(axis, *x), *parts)
+        if not isinstance(parts[0], list):
+            return jax.tree.map(lambda *x: f(1, *x), *parts)
+        return jax.tree.map(lambda *x: own_cache(f(0, *map(rows_of, x, counts))), *parts)
 
-    last = caches[-1]
     dense, moe = (entries(*(getattr(cache, name) for cache in caches)) for name in ("dense", "moe"))
     return Cache(dense, moe, f(0, *(cache.valid_BT for cache in caches)), last.length)
 
@@ -343,6 +365,8 @@ def begin_speculation(
     modules = [make_entries(model.cfg, 1, P, S) for _ in decoder.modules]
     modules = decoder.prefill(tokens_PS, start_P, prefilled.hidden_BSD, modules)
     modules = [repeat_entries(entries, group_size, columns) for entries in modules]
+    if _unrolled():
+        modules = [Entries(*(own_cache(x[0]) for x in entries)) for entries in modules]
     last = -len(modules)
     hidden_BWD, tokens_BW, start_B = (
         jnp.repeat(x, group_size, axis=0) for x in (prefilled.hidden_BSD[:, last:], tokens_PS[:, last:], start_P)
@@ -395,13 +419,12 @@ def _unrolled() -> bool:
 def repeat_and_extend(cache: Cache, times: int, columns: int) -> Cache:
     """Each prompt's row `times` times, with room for `columns` more columns, for the model that decodes."""
     assert isinstance(cache.dense, Entries) and isinstance(cache.moe, Entries)
-    valid_BT = jnp.pad(jnp.repeat(cache.valid_BT, times, axis=0), ((0, 0), (0, columns)))
-    dense, moe = (repeat_entries(entries, times, columns) for entries in (cache.dense, cache.moe))
-    cache = Cache(dense, moe, valid_BT, cache.length)
+    dense, moe = (repeat_entries(entries, times) for entries in (cache.dense, cache.moe))
+    cache = _extended(Cache(dense, moe, jnp.repeat(cache.valid_BT, times, axis=0), cache.length), columns)
     return unrolled_cache(cache) if _unrolled() else cache
 
 
-def repeat_entries(entries: Entries, times: int, columns: int) -> Entries:
+def repeat_entries(entries: Entries, times: int, columns: int = 0) -> Entries:
     def grow(x_LBT: Array) -> Array:
         x_LBT = jnp.repeat(x_LBT, times, axis=1)
         return jnp.pad(x_LBT, [(0, 0)] * (x_LBT.ndim - 2) + [(0, columns), (0, 0)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ from moe_jax.sampling.speculative import SpeculativeDecoder, check_can_draft, si
 
 # Prompts are padded to a multiple of this, so that most of them share one compilation.
 _BUCKET = 64
+
+
+class _Drawing(NamedTuple):
+    """What one pass leaves to the next."""
+
+    state: Any
+    """The cache; with drafts the speculation's state."""
+    token: Array
+    """The last one, [1]; drafts keep their own."""
+    passes: Array
+    """int32, of the model after the prefill."""
 
 
 class Stream:
@@ -66,35 +77,37 @@ class Stream:
         # Flat, which is dispatched faster than modules.
         self._decoding, structure = jax.tree.flatten(jax.jit(for_decoding)(params, rest))
 
-        def draw(model: Transformer, hidden_BSD: Array, key: Array, n: Array | int) -> Array:
+        def draw(model: Transformer, hidden_BSD: Array, key: Array, n: Array) -> Array:
             logits_BV = model.logits(hidden_BSD)[:, 0].at[:, pad_id].set(-jnp.inf)
             return sample_token(jax.random.fold_in(key, n), logits_BV, cfg)[0]
 
         @partial(jax.jit, static_argnames="columns")
         def prefill(
             params: Arrays, rest: Arrays, tokens_BS: Array, mask_BS: Array, key: Array, columns: int
-        ) -> tuple[Any, Array]:
-            model = definition.merge(params, rest)
+        ) -> tuple[_Drawing, Array]:
+            model, n = definition.merge(params, rest), jnp.zeros((), jnp.int32)
             if cfg.speculative_tokens:
                 decoder = SpeculativeDecoder(model, single_modules(model, cfg), cfg, pad_id)
                 state, drawn = begin_speculation(model, decoder, tokens_BS, mask_BS, key, 1, columns)
-                return state, drawn.tokens_BS[0]
+                return _Drawing(state, drawn.tokens_BS[0], n), drawn.tokens_BS[0]
             cache = make_cache(definition.cfg, *tokens_BS.shape)
             output = model(tokens_BS, segment_ids_BS=mask_BS.astype(jnp.int32), cache=cache, prefill=True)
             assert output.cache is not None
-            return repeat_and_extend(output.cache, 1, columns), draw(model, output.hidden_BSD[:, -1:], key, 0)
+            token = draw(model, output.hidden_BSD[:, -1:], key, n)
+            return _Drawing(repeat_and_extend(output.cache, 1, columns), token, n), token
 
-        @partial(jax.jit, donate_argnames="state")
-        def step(weights: list[Array], state: Any, token: Array, key: Array, n: Array) -> tuple[Any, Array]:
-            """One pass, the nth; drafts that were not kept are -1."""
-            model, modules = jax.tree.unflatten(structure, weights)
+        @partial(jax.jit, donate_argnames="drawing")
+        def step(weights: list[Array], drawing: _Drawing, key: Array) -> tuple[_Drawing, Array]:
+            """One pass; drafts that were not kept are -1."""
+            (model, modules), n = jax.tree.unflatten(structure, weights), drawing.passes + 1
             if cfg.speculative_tokens:
                 decoder = SpeculativeDecoder(model, modules, cfg, pad_id)
-                state, drawn = decoder.step(state, jax.random.fold_in(key, n), jnp.ones(1, bool))
-                places = jnp.arange(cfg.speculative_tokens + 1)
-                return state, jnp.where(places < drawn.count_B[0], drawn.tokens_BS[0], -1)
-            output = model(token[None], cache=state)
-            return output.cache, draw(model, output.hidden_BSD, key, n)
+                state, drawn = decoder.step(drawing.state, jax.random.fold_in(key, n), jnp.ones(1, bool))
+                kept = jnp.where(jnp.arange(cfg.speculative_tokens + 1) < drawn.count_B[0], drawn.tokens_BS[0], -1)
+                return _Drawing(state, drawing.token, n), kept
+            output = model(drawing.token[None], cache=drawing.state)
+            token = draw(model, output.hidden_BSD, key, n)
+            return _Drawing(output.cache, token, n), token
 
         self._prefill, self._step = prefill, step
 
@@ -114,9 +127,11 @@ class Stream:
 
     def _tokens(self, tokens_BS: np.ndarray, mask_BS: np.ndarray, key: Array, room: int) -> Iterator[int]:
         columns = min(self.cfg.max_new_tokens, self.context)
-        state, drawn = self._prefill(*self._weights, tokens_BS, mask_BS, key, columns)
+        drawing, drawn = self._prefill(*self._weights, tokens_BS, mask_BS, key, columns)
         count = n = 0
         while True:
+            # The next pass is asked for before this one's tokens are looked at, so that the device need not wait.
+            ahead = None if n + 1 >= room else self._step(self._decoding, drawing, key)
             kept = [token for token in np.asarray(drawn).tolist() if token >= 0]
             self.accepted_J += np.arange(len(self.accepted_J)) < len(kept) - 1
             for token in kept:
@@ -125,9 +140,10 @@ class Stream:
                 self.tokens += n > 0
                 if token in self.stop_ids or count == room:
                     return
+            assert ahead is not None  # each pass draws a token
             n += 1
             self.passes += 1
-            state, drawn = self._step(self._decoding, state, drawn[-1:], key, jnp.int32(n))
+            drawing, drawn = ahead
 
     def acceptance(self) -> dict[str, float]:
         """What became of all drafts so far (`sampler.acceptance`)."""

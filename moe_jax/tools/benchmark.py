@@ -129,10 +129,12 @@ def benchmark_grpo(
     completion_tokens: int = 64,
     prompt_lengths: tuple[int, ...] = (8, 192),
     share_prompts: tuple[bool, ...] = (True,),
+    pack_completions: bool = False,
     beta: float = 0.001,
     stop_tokens: int = 0,
     slots: int = 0,
     compactions: int = 0,
+    cache_parts: int = 2,
     repeats: int = 5,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -147,10 +149,12 @@ def benchmark_grpo(
         completion_tokens: Tokens of a completion.
         prompt_lengths: Tokens of a prompt; each length is timed.
         share_prompts: Whether a group's samples are trained behind one prompt; with both values they are compared.
+        pack_completions: Whether short completions of a group are trained one after another in the same columns.
         beta: Weight of the KL to a reference; 0: no reference.
         stop_tokens: So many of the vocabulary's tokens end a completion; 0: none ends early.
         slots: Rows decoded at a time, 0: all.
         compactions: How often the rows decoded at a time are halved when half of them have finished.
+        cache_parts: In how many parts the cache of new tokens is added; with slots or compactions in one.
         repeats: Steps of each kind, in turns.
         as_json: Prints the results as one JSON object, and nothing else.
     """
@@ -162,10 +166,12 @@ def benchmark_grpo(
         completion_tokens=completion_tokens,
         prompt_lengths=prompt_lengths,
         share_prompts=share_prompts,
+        pack_completions=pack_completions,
         beta=beta,
         stop_tokens=stop_tokens,
         slots=slots,
         compactions=compactions,
+        cache_parts=cache_parts,
         repeats=repeats,
     )
     results = benchmark.benchmark_grpo(config)

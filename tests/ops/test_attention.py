@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import attention as module
-from moe_jax.ops.attention import Causal, Tokens, attention
+from moe_jax.ops.attention import EVERY_DOCUMENT, Causal, Tokens, attention
 
 B, S, D, E, SCALE = 2, 14, 6, 4, 0.4
 SEGMENTS = np.array([[1] * 5 + [2] * 6 + [0] * 3, [1] * S], np.int32)
@@ -33,7 +33,7 @@ def reference(q, k, v, segments, places):
 
 def run(q, k, v, dout, segments, places, implementation):
     """Output and gradients; outputs of padding count nowhere."""
-    tokens = Tokens(jnp.asarray(segments), jnp.asarray(places))
+    tokens = Tokens(jnp.asarray(segments), None if places is None else jnp.asarray(places))
 
     @jax.jit
     def f(q, k, v):
@@ -82,6 +82,31 @@ def test_both_implementations_give_the_same(small_blocks, dtype, tolerance):
         dense, chunked = (np.asarray(x, np.float32) for x in (dense, chunked))
         np.testing.assert_allclose(chunked, dense, rtol=tolerance, atol=tolerance)
         assert np.abs(dense).max() > 0.1
+
+
+@pytest.mark.parametrize(("implementation", "kv_heads"), [("dense", 4), ("dense", 2), ("chunked", 2)])
+def test_columns_that_are_known_to_be_in_order(small_blocks, monkeypatch, implementation, kv_heads):
+    """The same numbers, of fewer scores: those of half the queries with half the keys are not made."""
+    arguments = (*inputs(4, kv_heads, jnp.float32), SEGMENTS)
+    expected = jax.tree.leaves(run(*arguments, IN_ORDER, implementation))
+    monkeypatch.setattr(module, "_LEAST_HALVED", 4)
+    for known, told in zip(jax.tree.leaves(run(*arguments, None, implementation)), expected, strict=True):
+        np.testing.assert_allclose(known, told, rtol=1e-5, atol=1e-6)
+    if implementation == "dense":
+        q, k, v, _ = arguments[:4]
+        tokens = Tokens(jnp.asarray(SEGMENTS))
+        jaxpr = jax.make_jaxpr(lambda *qkv: attention(*qkv, Causal(tokens, tokens), SCALE, "dense"))(q, k, v).jaxpr
+        shapes = set(_shapes(jaxpr))
+        rows = S // 2 * 4 // kv_heads
+        assert {(B, kv_heads, rows, S // 2), (B, kv_heads, rows, S)} <= shapes
+        assert (B, kv_heads, 2 * rows, S) not in shapes
+
+
+def test_keys_of_every_document():
+    segments = jnp.array([[EVERY_DOCUMENT, 0, 1, 1, 2]])
+    query, key = Tokens(segments[:, 2:], jnp.arange(2, 5)[None]), Tokens(segments)
+    seen = [set(np.flatnonzero(row)) for row in Causal(query, key).mask_BST()[0]]
+    assert seen == [{0, 2}, {0, 2, 3}, {0, 4}]
 
 
 def test_what_sees_nothing_is_finite(small_blocks):

@@ -25,6 +25,7 @@ from moe_jax.rl.grpo import (
     completion_states,
     make_loss,
     minibatches,
+    packed_rows,
     samples_in_row,
     shared_rows,
     split_rows,
@@ -122,8 +123,10 @@ def test_shared_prompts_change_rounding_only(name):
     """Log-probabilities, loss, gradients, metrics, router statistics; `max_position` is less than a row's columns."""
     batch = batch_of()
     alone, logprobs = loss_and_gradient(MODELS[name], shared_rows(batch, 1))
-    for samples in (4, 2):
-        shared, shared_logprobs = loss_and_gradient(MODELS[name], shared_rows(batch, samples))
+    packed = packed_rows(shared_rows(batch, 4))
+    assert packed["branch_tokens_RKM"].shape == (4, 3, 5)
+    for rows in (shared_rows(batch, 4), shared_rows(batch, 2), packed):
+        shared, shared_logprobs = loss_and_gradient(MODELS[name], rows)
         assert_same(alone, shared)
         drawn = batch["drawn_BN"]
         np.testing.assert_allclose(
@@ -132,9 +135,10 @@ def test_shared_prompts_change_rounding_only(name):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
-@pytest.mark.parametrize("name", ["dense", "sparse, latent"])
-def test_several_devices_give_what_one_does(name, mesh):
+@pytest.mark.parametrize(("name", "pack"), [("dense", False), ("sparse, latent", False), ("sparse, latent", True)])
+def test_several_devices_give_what_one_does(name, pack, mesh):
     rows = shared_rows(batch_of(), 4)
+    rows = packed_rows(rows) if pack else rows
     assert_same(loss_and_gradient(MODELS[name], rows)[0], loss_and_gradient(MODELS[name], rows, mesh)[0])
 
 
@@ -143,7 +147,8 @@ def test_long_rows_go_block_by_block(monkeypatch):
     dense = loss_and_gradient(MODELS["latent"], rows)[0]
     monkeypatch.setattr(attention_op, "_MOST_SCORES", 8)
     monkeypatch.setattr(attention_op, "_BLOCK", 4)
-    assert_same(dense, loss_and_gradient(MODELS["latent"], rows)[0])
+    for same in (rows, packed_rows(rows)):
+        assert_same(dense, loss_and_gradient(MODELS["latent"], same)[0])
 
 
 def test_completions_of_one_token():
@@ -152,10 +157,28 @@ def test_completions_of_one_token():
     assert_same(alone, shared)
 
 
+def test_short_completions_share_branches():
+    """Each token once, behind its predecessor in the same completion, in as few branches as first fit needs."""
+    lengths_RC = np.array([[6, 3, 1, 2], [4, 4, 2, 2]])
+    drawn_RCN = np.arange(6) < lengths_RC[..., None]
+    tokens_RCN = np.where(drawn_RCN, np.arange(1, 49).reshape(2, 4, 6), PAD)
+    packed = packed_rows({"drawn_RCN": drawn_RCN, "tokens_RCN": tokens_RCN})
+    np.testing.assert_array_equal(
+        packed["branch_segments_RKM"], [[[1] * 5, [2, 2, 4, 0, 0]], [[1, 1, 1, 3, 4], [2, 2, 2, 0, 0]]]
+    )
+    np.testing.assert_array_equal(packed["branch_tokens_RKM"][0, 1], [7, 8, 19, PAD, PAD])
+    np.testing.assert_array_equal(packed["branch_targets_RKM"][0, 1], [8, 9, 20, PAD, PAD])
+    firsts = [tokens_RCN[:, :, 0], packed["branch_targets_RKM"].reshape(2, -1)]
+    predicted = np.take_along_axis(np.concatenate(firsts, axis=1), packed["place_RCN"].reshape(2, -1), axis=1)
+    np.testing.assert_array_equal(predicted.reshape(drawn_RCN.shape)[drawn_RCN], tokens_RCN[drawn_RCN])
+    whole = {"drawn_RCN": np.ones((1, 4, 6), bool), "tokens_RCN": tokens_RCN[:1]}
+    assert packed_rows(whole) is whole  # nothing to gain
+
+
 def test_one_completion_does_not_see_another():
     definition = Definition.of(MODELS["latent"])
     model = definition.merge(*definition.init(jax.random.key(0)))
-    stem_BP, branch_BCN = jnp.ones((1, 3), bool), jnp.ones((1, 2, 2), bool)
+    stem_BP, branch_BCN = jnp.ones((1, 3), bool), jnp.ones((1, 2, 2), jnp.int32)
     tokens = jnp.arange(1, 8)[None]
     changed = tokens.at[0, 4].set(20)  # of the first branch, the last
     hidden, other = (model.read_branches(t, Branches(stem_BP, branch_BCN)).hidden_BSD[0] for t in (tokens, changed))
@@ -188,4 +211,6 @@ def test_rows_that_a_mesh_would_divide_are_refused():
     definition = Definition.of(MODELS["dense"])
     with jax.set_mesh(make_mesh(MeshConfig(data=1, context=2))), pytest.raises(ValueError, match="axis context"):
         model = definition.merge(*definition.init(jax.random.key(0)))
-        model.read_branches(jnp.ones((1, 8), jnp.int32), Branches(jnp.ones((1, 2), bool), jnp.ones((1, 3, 2), bool)))
+        model.read_branches(
+            jnp.ones((1, 8), jnp.int32), Branches(jnp.ones((1, 2), bool), jnp.ones((1, 3, 2), jnp.int32))
+        )
