@@ -118,6 +118,7 @@ def attention(
     K = k_BTKD.shape[2]
     q_BKGSD = q_BSHD.reshape(B, S, K, H // K, -1).transpose(0, 2, 3, 1, 4)
     k_BKTD, v_BKTE = k_BTKD.transpose(0, 2, 1, 3), v_BTKE.transpose(0, 2, 1, 3)
+    seen = Causal(*(Tokens(tokens.segment_BS, tokens.places_1S()) for tokens in seen))
     mixed_BKGSE: Array = _chunked(scale, q_BKGSD, k_BKTD, v_BKTE, seen)
     return mixed_BKGSE.transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
 

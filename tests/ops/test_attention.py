@@ -137,11 +137,12 @@ def test_memory_of_long_sequences_grows_with_their_length():
     assert long < 5 * short and long < 16384**2
 
 
+@pytest.mark.parametrize("places", [IN_ORDER, None], ids=["places", "in order"])
 @pytest.mark.parametrize("remat", [True, False])
-def test_layers_hold_no_mask_of_all_pairs(small_blocks, remat):
+def test_layers_hold_no_mask_of_all_pairs(small_blocks, remat, places):
     """What is the same in all layers, the gradient of a scan computes once: masks of all blocks, unless prevented."""
     q, k, v, _ = inputs(4, 4, jnp.float32)
-    tokens = Tokens(jnp.asarray(SEGMENTS), jnp.asarray(IN_ORDER))
+    tokens = Tokens(jnp.asarray(SEGMENTS), places)
 
     def loss(w_L):
         def layer(v, w):

@@ -31,6 +31,7 @@ from moe_jax.rl.grpo import (
     split_rows,
     totals,
 )
+from moe_jax.rl.ppo import completion_values
 from moe_jax.sharding import make_mesh, put_batch
 
 PAD, V = 0, 23
@@ -173,6 +174,20 @@ def test_short_completions_share_branches():
     np.testing.assert_array_equal(predicted.reshape(drawn_RCN.shape)[drawn_RCN], tokens_RCN[drawn_RCN])
     whole = {"drawn_RCN": np.ones((1, 4, 6), bool), "tokens_RCN": tokens_RCN[:1]}
     assert packed_rows(whole) is whole  # nothing to gain
+
+
+def test_a_critic_reads_packed_rows():
+    definition = Definition.of(MODELS["dense"], value_head=True)
+    params, rest = definition.init(jax.random.key(0))
+    params["value_head_D"] = jax.random.normal(jax.random.key(1), params["value_head_D"].shape)
+    rows = shared_rows(batch_of(), 4)
+    plain, packed = (
+        np.asarray(jax.jit(completion_values, static_argnums=0)(definition, params, rest, batch))
+        for batch in (rows, packed_rows(rows))
+    )
+    drawn_BN = rows["drawn_RCN"].reshape(plain.shape)
+    assert np.std(plain[drawn_BN]) > 0.1
+    np.testing.assert_allclose(plain[drawn_BN], packed[drawn_BN], atol=1e-5)
 
 
 def test_one_completion_does_not_see_another():

@@ -161,12 +161,22 @@ def steps(monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("slots", "compactions"), [(0, 2), (0, 9), (1, 0), (2, 0), (4, 1), (8, 0), (9, 0), (99, 0)])
-def test_samples_do_not_depend_on_waiting_and_compaction(slots, compactions, side):
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"compactions": 2},
+        {"compactions": 9},
+        *({"slots": slots} for slots in (1, 2, 8, 9, 99)),
+        {"slots": 4, "compactions": 1},
+        *({"cache_parts": parts} for parts in (2, 3, N)),
+    ],
+    ids=str,
+)
+def test_samples_do_not_depend_on_how_rows_and_caches_are_managed(option, side):
     """Nine rows, some of which stop early."""
     plain = draw(side=side)
     assert len(set(np.sum(plain.mask_BN, axis=1).tolist())) > 2
-    other = draw(dataclasses.replace(SAMPLING, slots=slots, compactions=compactions), side=side)
+    other = draw(dataclasses.replace(SAMPLING, **option), side=side)
     for name in ("tokens_BN", "mask_BN", "finished_B"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(other, name))
     np.testing.assert_allclose(plain.logprobs_BN, other.logprobs_BN, atol=1e-5)
@@ -194,6 +204,23 @@ def test_several_devices_let_rows_wait_as_one_does(kind):
             found.append(jax.device_get(run(params, rest)))
     assert found[0].finished_B.sum() > 0
     np.testing.assert_array_equal(found[0].tokens_BN, found[1].tokens_BN)
+
+
+def test_the_cache_grows_as_it_is_needed():
+    """Of the new tokens' columns the first loop has half, the second all."""
+    tokens, mask = pad_prompts(PROMPTS, PAD)
+    widths = []
+    for parts in (1, 2):
+        cfg = dataclasses.replace(SAMPLING, cache_parts=parts)
+        options = {"cfg": cfg, "stop_ids": (STOP,), "pad_id": PAD, "group_size": G}
+        run = functools.partial(sampler.generate, **options)
+        jaxpr = jax.make_jaxpr(run)(model(), tokens, mask, jax.random.key(0)).jaxpr
+        carried = [[v.aval.shape for v in e.outvars] for e in jaxpr.eqns if e.primitive.name == "while"]
+        rows = len(PROMPTS) * G
+        loops = [{shape[1] for shape in shapes if len(shape) == 3 and shape[0] == rows} for shapes in carried]
+        widths.append([lengths for lengths in loops if lengths])
+    S = tokens.shape[1]
+    assert widths == [[{S + N}], [{S + N // 2}, {S + N}]]
 
 
 @pytest.mark.parametrize("option", [{"slots": 3}, {"slots": 5}, {"compactions": 3}])
