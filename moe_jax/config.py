@@ -490,7 +490,7 @@ class SamplingConfig:
             _require(not drafts, self, name, "has no effect with speculative_tokens; set it to 0")
         for name in ("slots", "compactions", "speculative_tokens"):
             grows = self.cache_parts > 1 and getattr(self, name)
-            _require(not grows, self, "cache_parts", f"does not go with {name}: set one of them back")
+            _require(not grows, self, "cache_parts", f"does not go with {name}: set it to 1, or {name} to 0")
         _require(self.cache_parts <= self.max_new_tokens, self, "cache_parts", "must not exceed max_new_tokens")
         _require_fraction(self, "top_p", "min_p")
         _require(self.top_p > 0, self, "top_p", "must be greater than 0")
@@ -747,8 +747,8 @@ class RLConfig:
     still has a row of its own."""
     pack_completions: bool = False
     """Put short completions of a row one after another, so that it has about as many columns as tokens, not as many
-    completions times the longest. Losses, gradients and metrics are the same but for rounding. At most four programs
-    are compiled instead of one, each when it is first needed."""
+    completions times the longest; where a group needs all its columns, nothing is packed. Losses, gradients and metrics
+    are the same but for rounding. At most four programs are compiled instead of one, each when it is first needed."""
     one_step_off: bool = False
     """Asynchrony: a step's samples are drawn by the policy that the step before began with, so that scoring and other
     work of the host run while the device draws the next ones. The objective's ratio is to the policy that drew, whose

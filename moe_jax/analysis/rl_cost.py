@@ -32,8 +32,8 @@ class PolicyStepCost:
     update_bytes: int
     """Scores of one layer and what layers keep, of a micro-batch whose samples each have a row of their own."""
     update_flops: int
-    """Training of all samples at full length, recomputation, the reference's and the critic's passes included; with
-    `RLConfig.share_prompts` a group's prompt counts once."""
+    """Training of all samples at full length, as if none were packed, recomputation, the reference's and the critic's
+    passes included; with `RLConfig.share_prompts` a group's prompt counts once."""
     sampling_read_bytes: int
     """What decoding reads at the least: all weights for each new token, and each row's cache, half full on average."""
 

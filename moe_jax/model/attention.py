@@ -107,8 +107,8 @@ class MLA(nnx.Module):
 
     def attend_cached(self, x_BSD: Array, rot: Rotation, entries: Entries, mask_BST: Array) -> Array:
         query_BSHN, query_BSHR = self._queries(x_BSD, rot)
-        halves = self.absorbed or _absorbed(in_floats(self.key_value_b_CHN, x_BSD), self.cfg)
-        key_HNC, value_HCV = (half.astype(x_BSD.dtype) for half in halves)
+        parts = self.absorbed or _absorbed(in_floats(self.key_value_b_CHN, x_BSD), self.cfg)
+        key_HNC, value_HCV = (part.astype(x_BSD.dtype) for part in parts)
         queries = jnp.einsum("BSHN,HNC->BSHC", query_BSHN, key_HNC), query_BSHR
         mixed_BSHC = cached_attention(queries, entries, entries.first, mask_BST, self.scale)
         return self._output(jnp.einsum("BSHC,HCV->BSHV", mixed_BSHC, value_HCV))
@@ -154,11 +154,12 @@ class GQA(nnx.Module):
 
     def absorb(self) -> None:
         """Joins the three projections for decoding, where one product with few rows is faster than three."""
-        weights = self.query_DHW, self.key_DKW, self.value_DKW
+        weights = [w for w in (self.query_DHW, self.key_DKW, self.value_DKW) if w is not None]
         mesh = jax.sharding.get_abstract_mesh()
         plain = not any(isinstance(w[...], Quantized) or w.get_metadata("quantization") for w in weights)
         if plain and (mesh.empty or mesh.size == 1):
             self.joined_DJW = nnx.data(jnp.concatenate([w[...] for w in weights], axis=1))
+            self.query_DHW = self.key_DKW = self.value_DKW = None
 
     def entries(self, x_BSD: Array, rot: Rotation) -> Entries:
         key_BSKW, value_BSKW = self._project(x_BSD, slice(1, 3))
@@ -180,9 +181,10 @@ class GQA(nnx.Module):
         return self._output(cached_attention([queries], [keys], values, mask_BST, self.scale))
 
     def _project(self, x_BSD: Array, part: slice) -> list[Array]:
-        """Of x's queries, keys and values a part; joined, what is left out here is left to the compiler to drop."""
+        """Of x's queries, keys and values a part. Joined, a layer asks twice for one and the same product, which the
+        compiler makes once."""
         if self.joined_DJW is None:
-            return [linear(x_BSD, w) for w in (self.query_DHW, self.key_DKW, self.value_DKW)[part]]
+            return [linear(x_BSD, w) for w in (self.query_DHW, self.key_DKW, self.value_DKW)[part] if w is not None]
         H, K = self.cfg.num_heads, self.cfg.num_kv_heads
         return jnp.split(product(x_BSD, self.joined_DJW), [H, H + K], axis=2)[part]
 

@@ -57,7 +57,7 @@ class Block(nnx.Module):
         """Returns the block's output, its router's statistics if it is sparse, and the caches with its entries.
 
         `layer` is its number among the blocks of its kind: its place in the caches, unless they are this block's alone,
-        and what hash routing is salted by. Those are of `own_cache`.
+        and what hash routing is salted by. Caches of one block alone are `own_cache`'s.
         """
         normed = self.attention_norm(x_BSD)
         with jax.named_scope("attention"):
@@ -102,7 +102,7 @@ def rows_of(cache: Array, rows: int) -> Array:
 
 def _slot(caches: Entries | None, layer: Array | int) -> Array | int | None:
     """A layer's place in the caches of a stack; None where they are this layer's alone."""
-    if caches is None or caches.first.ndim <= 3:
+    if caches is None or caches.first.ndim <= 3:  # of a stack: 4 (MLA) or 5 (GQA); of one layer: 3 or 2
         return None
     return 0 if len(caches.first) == 1 else layer
 

@@ -245,6 +245,7 @@ class Order(NamedTuple):
 
 
 _FEW_ASSIGNMENTS = 32
+"""One token's K experts, or those of a few: 6 were measured."""
 
 
 def sort_by_expert(experts_TK: Array, num_experts: int) -> Order:

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.dispatch import Slots, Work, dispatch, within_capacity
-from moe_jax.model.layers import Initializer, Rounding, SwiGLU, gated, gated_gradient, halves
+from moe_jax.model.layers import Initializer, Rounding, SwiGLU, gate_and_up, gated, gated_gradient
 from moe_jax.model.router import Router, RouterStats, router_stats
 from moe_jax.ops.grouped_matmul import Gathered, product, weight_gradient
 from moe_jax.ops.packed_matmul import packed_grouped_matmul
@@ -42,7 +42,7 @@ def _run_experts_forward(
     gate_up_SF = product(Gathered(x_TD, slots.token_S), _matrices(gate_up_ED2F), group_sizes_E)
     gate_up_S2F = gate_up_SF.reshape(-1, 2, down_EFD.shape[1])
     inside_SF = gated(gate_up_S2F) * weights_S[:, None].astype(x_TD.dtype)
-    gate_SF, up_SF, inside_SF = (checkpoint_name(a, "insides") for a in (*halves(gate_up_S2F), inside_SF))
+    gate_SF, up_SF, inside_SF = (checkpoint_name(a, "insides") for a in (*gate_and_up(gate_up_S2F), inside_SF))
     y_TD = slots.sums(product(inside_SF, down_EFD, group_sizes_E))
     return y_TD, (x_TD, weights_S, slots, group_sizes_E, gate_up_ED2F, down_EFD, gate_SF, up_SF, inside_SF)
 
@@ -58,7 +58,7 @@ def _run_experts_backward(residuals: tuple, dy_TD: Array) -> tuple:
     dweights_S /= jnp.where(used_S == 0, 1, used_S)
 
     dgated_SF = dinside_SF * weights_S[:, None].astype(x_TD.dtype)
-    dgate_up_SF = gated_gradient(gate_SF, up_SF, dgated_SF).reshape(len(inside_SF), -1)
+    dgate_up_SF = gated_gradient((gate_SF, up_SF), dgated_SF).reshape(len(inside_SF), -1)
     dgate_up_EDF = weight_gradient(Gathered(x_TD, slots.token_S), dgate_up_SF, group_sizes_E)
     dx_TD = slots.sums(product(dgate_up_SF, _matrices(gate_up_ED2F), group_sizes_E, transpose_w=True))
     dweights_TK = slots.per_assignment(dweights_S)

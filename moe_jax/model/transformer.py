@@ -269,7 +269,7 @@ def _by_rows(caches: Any, rows: int) -> Any:
     axis = 0 if isinstance(caches, list) else 1
 
     def place(x: Array) -> Array:
-        if rows == 1 or token_axes((rows, 1))[0] != "rows":
+        if token_axes((rows, 1))[0] != "rows":
             return x
         return constrain(x, "rows", *[None] * (x.ndim - axis - 1))
 

@@ -105,7 +105,7 @@ def packed_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     next tokens are added, `branch_…_RKM`, and `place_RCN`, the column X that each completion's token is predicted from.
 
     All rows have as many branches as that which needs most (first fit, the longest first), in quarters of C, so that at
-    most four programs are compiled. Rows that need all C branches stay as they are.
+    most four programs are compiled. Where a row needs all C, nothing is packed.
     """
     drawn_RCN, tokens_RCN = rows["drawn_RCN"], rows["tokens_RCN"]
     R, C, N = drawn_RCN.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -285,11 +286,12 @@ def _compacted(slots: _Slots, size: int) -> _Slots:
 
 
 def _extended(cache: Cache, columns: int) -> Cache:
-    def grow(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, columns), (0, 0)])
-
-    dense, moe = (jax.tree.map(grow, entries) for entries in (cache.dense, cache.moe))
+    dense, moe = (jax.tree.map(partial(_more_columns, columns=columns), part) for part in (cache.dense, cache.moe))
     return Cache(dense, moe, jnp.pad(cache.valid_BT, ((0, 0), (0, columns))), cache.length)
+
+
+def _more_columns(x: Array, columns: int) -> Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, columns), (0, 0)])
 
 
 def _put_rows(samples: Samples, slots: _Slots) -> Samples:
@@ -364,9 +366,7 @@ def begin_speculation(
     start_P = S - jnp.sum(mask_PS, axis=1, dtype=jnp.int32)
     modules = [make_entries(model.cfg, 1, P, S) for _ in decoder.modules]
     modules = decoder.prefill(tokens_PS, start_P, prefilled.hidden_BSD, modules)
-    modules = [repeat_entries(entries, group_size, columns) for entries in modules]
-    if _unrolled():
-        modules = [Entries(*(own_cache(x[0]) for x in entries)) for entries in modules]
+    modules = [_module_cache(entries, group_size, columns) for entries in modules]
     last = -len(modules)
     hidden_BWD, tokens_BW, start_B = (
         jnp.repeat(x, group_size, axis=0) for x in (prefilled.hidden_BSD[:, last:], tokens_PS[:, last:], start_P)
@@ -419,14 +419,15 @@ def _unrolled() -> bool:
 def repeat_and_extend(cache: Cache, times: int, columns: int) -> Cache:
     """Each prompt's row `times` times, with room for `columns` more columns, for the model that decodes."""
     assert isinstance(cache.dense, Entries) and isinstance(cache.moe, Entries)
-    dense, moe = (repeat_entries(entries, times) for entries in (cache.dense, cache.moe))
-    cache = _extended(Cache(dense, moe, jnp.repeat(cache.valid_BT, times, axis=0), cache.length), columns)
+    dense, moe, valid_BT = (
+        jax.tree.map(lambda x, axis=axis: jnp.repeat(x, times, axis=axis), part)
+        for part, axis in ((cache.dense, 1), (cache.moe, 1), (cache.valid_BT, 0))
+    )
+    cache = _extended(Cache(dense, moe, valid_BT, cache.length), columns)
     return unrolled_cache(cache) if _unrolled() else cache
 
 
-def repeat_entries(entries: Entries, times: int, columns: int = 0) -> Entries:
-    def grow(x_LBT: Array) -> Array:
-        x_LBT = jnp.repeat(x_LBT, times, axis=1)
-        return jnp.pad(x_LBT, [(0, 0)] * (x_LBT.ndim - 2) + [(0, columns), (0, 0)])
-
-    return Entries(*map(grow, entries))
+def _module_cache(entries: Entries, times: int, columns: int) -> Entries:
+    """The same of a drafting module's, [1, B, ..., T, ·]."""
+    entries = jax.tree.map(lambda x: _more_columns(jnp.repeat(x, times, axis=1), columns), entries)
+    return jax.tree.map(lambda x: own_cache(x[0]), entries) if _unrolled() else entries

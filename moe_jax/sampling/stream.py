@@ -48,7 +48,8 @@ class Stream:
     The tokens are those of `sampler.generate` for this prompt and key. The last one is a stop token, unless the
     completion is cut off at `max_new_tokens` or, other than in `generate`, because the context is full.
 
-    On CPUs it keeps a copy of the layers' weights, one by one.
+    On CPUs it keeps a copy of the layers' weights, one by one. A pass is asked for before the last one's tokens are
+    known: one that ends with a stop token leaves a pass over, whose result is dropped.
 
     Raises:
         ConfigError: the model cannot draft, and is to.

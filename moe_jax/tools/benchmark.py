@@ -134,7 +134,7 @@ def benchmark_grpo(
     stop_tokens: int = 0,
     slots: int = 0,
     compactions: int = 0,
-    cache_parts: int = 2,
+    cache_parts: int = 1,
     repeats: int = 5,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -154,7 +154,7 @@ def benchmark_grpo(
         stop_tokens: So many of the vocabulary's tokens end a completion; 0: none ends early.
         slots: Rows decoded at a time, 0: all.
         compactions: How often the rows decoded at a time are halved when half of them have finished.
-        cache_parts: In how many parts the cache of new tokens is added; with slots or compactions in one.
+        cache_parts: In how many parts the cache of new tokens is added as they come.
         repeats: Steps of each kind, in turns.
         as_json: Prints the results as one JSON object, and nothing else.
     """

@@ -189,6 +189,17 @@ def test_sorting_is_stable_and_counts():
     np.testing.assert_array_equal(order.group_sizes_E, [2, 1, 0, 3])
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 17, 500])
+def test_sorting_of_few_and_of_many(tokens):
+    """Stable, with assignments to none."""
+    experts_TK = np.random.default_rng(tokens).integers(0, 6, (tokens, 2))  # 5: none
+    order = sort_by_expert(jnp.asarray(experts_TK), 5)
+    expected = np.argsort(experts_TK.ravel(), kind="stable")
+    np.testing.assert_array_equal(order.assignment_R, expected)
+    np.testing.assert_array_equal(expected[np.asarray(order.row_TK).ravel()], np.arange(2 * tokens))
+    np.testing.assert_array_equal(order.group_sizes_E, np.bincount(experts_TK.ravel(), minlength=6)[:5])
+
+
 def test_sorting_where_expert_and_index_do_not_fit_one_number():
     experts_TK = np.random.default_rng(0).integers(2**20 + 1, size=(2048, 2))
     order = sort_by_expert(jnp.asarray(experts_TK), 2**20)

@@ -5,6 +5,7 @@ B batch, S sequence, N new tokens, V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RoPEConfig
 from moe_jax.model.definition import Definition
 from moe_jax.model.router import fixed_experts
-from moe_jax.model.transformer import Transformer, make_cache
+from moe_jax.model.transformer import Transformer, make_cache, unrolled_cache
 
 V, S, N = 23, 5, 6
 LENGTHS = (5, 2, 4)
@@ -82,13 +83,16 @@ def uncached(model):
     return [row[: len(sequence)] for row, sequence in zip(logits, rows(), strict=True)]
 
 
-def cached(model, side, chunk):
-    """The same logits from a prefill of padded prompts and then `chunk` tokens at a time."""
+def cached(model, side, chunk, unrolled=False):
+    """The same logits from a prefill of padded prompts and then `chunk` tokens at a time, in the form for decoding on
+    CPUs if it is `unrolled`."""
     tokens, mask = np.full((B, S), V - 1, np.int32), np.zeros((B, S), np.int32)
     for b, (sequence, length) in enumerate(zip(rows(), LENGTHS, strict=True)):
         at = slice(S - length, S) if side == "left" else slice(0, length)
         tokens[b, at], mask[b, at] = sequence[:length], 1
     logits, cache = prefill(model, tokens, mask)
+    if unrolled:
+        model, cache = model.unrolled(), unrolled_cache(cache)
     results = [[np.asarray(logits)[b, mask[b] > 0]] for b in range(B)]
     for n in range(0, N, chunk):
         following = np.stack(
@@ -108,9 +112,9 @@ def test_cached_decoding_equals_the_uncached_forward(random_model, name):
     assert min(np.std(row) for row in expected) > 0.1
     chunks = (1, 3) if CONFIGS[name].moe.num_experts else (1,)
     for side in ("left", "right"):
-        for chunk in chunks:
-            for actual, wanted in zip(cached(model, side, chunk), expected, strict=True):
-                np.testing.assert_allclose(actual, wanted, atol=5e-5, rtol=1e-4, err_msg=f"{side}, {chunk}")
+        for chunk, unrolled in itertools.product(chunks, (False, True)):
+            for actual, wanted in zip(cached(model, side, chunk, unrolled), expected, strict=True):
+                np.testing.assert_allclose(actual, wanted, atol=5e-5, rtol=1e-4, err_msg=f"{side}, {chunk}, {unrolled}")
 
 
 def test_bfloat16_decoding_stays_near_float32(random_model):

@@ -33,6 +33,32 @@ def test_one_row_and_many_agree(contracted, dtype):
     assert product(x[:1], w, contracted, dtype=jnp.float32).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("result", [None, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [((4,), (2, 3)), ((12,), (5,)), ((3, 4), (5,)), ((2, 3), (2, 7)), ((6,), (6,))]
+)
+def test_gradients_are_those_of_the_plain_product(inputs, outputs, dtype, result):
+    """Whichever factor is narrower; several axes of rows."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, *inputs)), dtype)
+    w = jnp.asarray(rng.normal(size=(*inputs, *outputs)), dtype)
+    dims = tuple(range(2, x.ndim)), tuple(range(len(inputs)))
+
+    def plain(x, w):
+        return jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=result or dtype)
+
+    y, pull = jax.vjp(lambda x, w: product(x, w, len(inputs), result), x, w)
+    expected, pull_plain = jax.vjp(plain, x, w)
+    assert y.dtype == expected.dtype
+    dy = jnp.asarray(rng.normal(size=y.shape), y.dtype)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for actual, wanted in zip((y, *pull(dy)), (expected, *pull_plain(dy)), strict=True):
+        assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
+        actual, wanted = (np.asarray(a, np.float32) for a in (actual, wanted))
+        np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+
+
 def test_gradients_pass_through_a_single_row():
     x, w = jnp.arange(1.0, 5.0)[None, None], jnp.ones((4, 3))
     dx, dw = jax.grad(lambda x, w: jnp.sum(product(x, w)), argnums=(0, 1))(x, w)

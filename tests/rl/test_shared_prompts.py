@@ -1,6 +1,7 @@
 """Training a group's samples in one row behind their prompt gives what training each in a row of its own gives."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from moe_jax.config import (
     RLConfig,
     SamplingConfig,
 )
+from moe_jax.data.problems import Problem
+from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.model.definition import Definition
 from moe_jax.ops import attention as attention_op
 from moe_jax.ops.attention import Branches
@@ -32,6 +35,7 @@ from moe_jax.rl.grpo import (
     totals,
 )
 from moe_jax.rl.ppo import completion_values
+from moe_jax.rl.train import PolicyTrainer
 from moe_jax.sharding import make_mesh, put_batch
 
 PAD, V = 0, 23
@@ -86,6 +90,12 @@ def batch_of(P=4, G=4, S=5, N=6, seed=0):
     }
 
 
+def packed(rows):
+    found = packed_rows(rows)
+    assert found["branch_tokens_RKM"].shape[1] < rows["drawn_RCN"].shape[1]
+    return found
+
+
 RL = RLConfig(
     num_prompts=4,
     group_size=4,
@@ -124,9 +134,7 @@ def test_shared_prompts_change_rounding_only(name):
     """Log-probabilities, loss, gradients, metrics, router statistics; `max_position` is less than a row's columns."""
     batch = batch_of()
     alone, logprobs = loss_and_gradient(MODELS[name], shared_rows(batch, 1))
-    packed = packed_rows(shared_rows(batch, 4))
-    assert packed["branch_tokens_RKM"].shape == (4, 3, 5)
-    for rows in (shared_rows(batch, 4), shared_rows(batch, 2), packed):
+    for rows in (shared_rows(batch, 4), shared_rows(batch, 2), packed(shared_rows(batch, 4))):
         shared, shared_logprobs = loss_and_gradient(MODELS[name], rows)
         assert_same(alone, shared)
         drawn = batch["drawn_BN"]
@@ -139,23 +147,25 @@ def test_shared_prompts_change_rounding_only(name):
 @pytest.mark.parametrize(("name", "pack"), [("dense", False), ("sparse, latent", False), ("sparse, latent", True)])
 def test_several_devices_give_what_one_does(name, pack, mesh):
     rows = shared_rows(batch_of(), 4)
-    rows = packed_rows(rows) if pack else rows
+    rows = packed(rows) if pack else rows
     assert_same(loss_and_gradient(MODELS[name], rows)[0], loss_and_gradient(MODELS[name], rows, mesh)[0])
 
 
 def test_long_rows_go_block_by_block(monkeypatch):
-    rows = shared_rows(batch_of(P=2), 4)
+    rows = shared_rows(batch_of(), 4)
     dense = loss_and_gradient(MODELS["latent"], rows)[0]
     monkeypatch.setattr(attention_op, "_MOST_SCORES", 8)
     monkeypatch.setattr(attention_op, "_BLOCK", 4)
-    for same in (rows, packed_rows(rows)):
+    for same in (rows, packed(rows)):
         assert_same(dense, loss_and_gradient(MODELS["latent"], same)[0])
 
 
 def test_completions_of_one_token():
     batch = batch_of(N=1)
-    alone, shared = (loss_and_gradient(MODELS["sparse"], shared_rows(batch, samples))[0] for samples in (1, 4))
-    assert_same(alone, shared)
+    rows = shared_rows(batch, 4)
+    alone = loss_and_gradient(MODELS["sparse"], shared_rows(batch, 1))[0]
+    for same in (rows, packed(rows)):
+        assert_same(alone, loss_and_gradient(MODELS["sparse"], same)[0])
 
 
 def test_short_completions_share_branches():
@@ -163,14 +173,13 @@ def test_short_completions_share_branches():
     lengths_RC = np.array([[6, 3, 1, 2], [4, 4, 2, 2]])
     drawn_RCN = np.arange(6) < lengths_RC[..., None]
     tokens_RCN = np.where(drawn_RCN, np.arange(1, 49).reshape(2, 4, 6), PAD)
-    packed = packed_rows({"drawn_RCN": drawn_RCN, "tokens_RCN": tokens_RCN})
-    np.testing.assert_array_equal(
-        packed["branch_segments_RKM"], [[[1] * 5, [2, 2, 4, 0, 0]], [[1, 1, 1, 3, 4], [2, 2, 2, 0, 0]]]
-    )
-    np.testing.assert_array_equal(packed["branch_tokens_RKM"][0, 1], [7, 8, 19, PAD, PAD])
-    np.testing.assert_array_equal(packed["branch_targets_RKM"][0, 1], [8, 9, 20, PAD, PAD])
-    firsts = [tokens_RCN[:, :, 0], packed["branch_targets_RKM"].reshape(2, -1)]
-    predicted = np.take_along_axis(np.concatenate(firsts, axis=1), packed["place_RCN"].reshape(2, -1), axis=1)
+    found = packed({"drawn_RCN": drawn_RCN, "tokens_RCN": tokens_RCN})
+    segments = [[[1] * 5, [2, 2, 4, 0, 0]], [[1, 1, 1, 3, 4], [2, 2, 2, 0, 0]]]
+    np.testing.assert_array_equal(found["branch_segments_RKM"], segments)
+    np.testing.assert_array_equal(found["branch_tokens_RKM"][0, 1], [7, 8, 19, PAD, PAD])
+    np.testing.assert_array_equal(found["branch_targets_RKM"][0, 1], [8, 9, 20, PAD, PAD])
+    firsts = [tokens_RCN[:, :, 0], found["branch_targets_RKM"].reshape(2, -1)]
+    predicted = np.take_along_axis(np.concatenate(firsts, axis=1), found["place_RCN"].reshape(2, -1), axis=1)
     np.testing.assert_array_equal(predicted.reshape(drawn_RCN.shape)[drawn_RCN], tokens_RCN[drawn_RCN])
     whole = {"drawn_RCN": np.ones((1, 4, 6), bool), "tokens_RCN": tokens_RCN[:1]}
     assert packed_rows(whole) is whole  # nothing to gain
@@ -181,13 +190,67 @@ def test_a_critic_reads_packed_rows():
     params, rest = definition.init(jax.random.key(0))
     params["value_head_D"] = jax.random.normal(jax.random.key(1), params["value_head_D"].shape)
     rows = shared_rows(batch_of(), 4)
-    plain, packed = (
-        np.asarray(jax.jit(completion_values, static_argnums=0)(definition, params, rest, batch))
-        for batch in (rows, packed_rows(rows))
+    plain, shared = (
+        np.asarray(jax.jit(partial(completion_values, definition))(params, rest, batch))
+        for batch in (rows, packed(rows))
     )
     drawn_BN = rows["drawn_RCN"].reshape(plain.shape)
     assert np.std(plain[drawn_BN]) > 0.1
-    np.testing.assert_allclose(plain[drawn_BN], packed[drawn_BN], atol=1e-5)
+    np.testing.assert_allclose(plain[drawn_BN], shared[drawn_BN], atol=1e-5)
+
+
+def test_routers_count_tokens_that_another_follows():
+    batch = batch_of()
+    routers = loss_and_gradient(MODELS["sparse"], shared_rows(batch, 4))[0][0][1][1]
+    followed = np.sum(batch["drawn_BN"].sum(axis=1) - 1)
+    counted = np.sum(routers["moe_blocks"].counts_LE, axis=1)
+    np.testing.assert_array_equal(counted, 2 * followed)  # experts a token
+
+
+class Dice:
+    """Completions of random worth."""
+
+    def problems(self, step, count):
+        return [Problem(prompt="7" * (1 + i % 3), answer="", key=str(i)) for i in range(count)]
+
+    def score(self, completions):
+        worth = [float(len(one.text) + sum(map(ord, one.text)) % 7) for one in completions]
+        return [{"reward": w, "accuracy": w} for w in worth]
+
+    def observe(self, step, accuracy):
+        """Learns nothing."""
+
+
+class Stops(ByteTokenizer):
+    """Half of the tokens end a completion."""
+
+    def __init__(self):
+        super().__init__()
+        self.stop_ids = tuple(range(10, 140))
+
+
+def test_packing_changes_a_step_by_rounding_alone(monkeypatch):
+    """Two minibatches of two micro-batches, with a reference."""
+    definition = Definition.of(replace(MODELS["dense"], vocab_size=ByteTokenizer().vocab_size))
+    mesh, found, branches = make_mesh(ONE), [], []
+    for pack in (False, True):
+        cfg = replace(RL, num_minibatches=2, accumulation_steps=2, pack_completions=pack, group_size=8)
+        trainer = PolicyTrainer(definition, cfg, Stops(), prompt_length=5)
+
+        def seen(rows, mesh, placed=trainer._placed):
+            branches.append(placed(rows, mesh))
+            return branches[-1]
+
+        monkeypatch.setattr(trainer, "_placed", seen)
+        with jax.set_mesh(mesh):
+            state = trainer.start(*definition.init(jax.random.key(0), mesh), mesh)
+            branches.clear()
+            state, metrics, _ = trainer.step(Dice(), state, "rl", 0, 0, mesh)
+        assert all(("place_RCN" in rows) == pack for rows in branches) and len(branches) == 3
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(("time/", "tokens_per"))}
+        found.append(jax.device_get((state.params, metrics)))
+    assert found[0][1]["grad_norm"] > 0
+    assert_same(*found)
 
 
 def test_one_completion_does_not_see_another():

@@ -37,7 +37,7 @@ MLA = ModelConfig(
 )
 GQA = dataclasses.replace(
     MLA,
-    attention=AttentionConfig(kind="gqa", num_heads=2, num_kv_heads=1, head_dim=6),
+    attention=AttentionConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=6),
     moe=MoEConfig(),
     mtp=MTPConfig(depth=2, hidden_first=True),
 )

@@ -75,6 +75,18 @@ def stream():
     return Stream(definition, params, rest, SamplingConfig(12), stop_ids=(), pad_id=PAD)
 
 
+@pytest.mark.parametrize("room", [1, 2, 12])
+def test_a_pass_is_asked_for_before_the_last_ones_token_is_read(monkeypatch, stream, room):
+    """And none that nothing is asked of."""
+    asked, step = [], stream._step
+    monkeypatch.setattr(stream, "_step", lambda *arguments: asked.append(1) or step(*arguments))
+    monkeypatch.setattr(stream, "cfg", SamplingConfig(room))
+    tokens = stream([5] * 3, jax.random.key(0))
+    next(tokens)
+    assert len(asked) == min(1, room - 1)
+    assert len(list(tokens)) == room - 1 == len(asked)
+
+
 def test_tokens_come_one_by_one(stream):
     tokens = stream([5] * 70, jax.random.key(0))
     first = next(tokens)
