@@ -11,35 +11,30 @@ quarter of its size, learns from R1's samples. Controls: R1-Zero for as many mor
 R1-Zero's mixture of languages is put in by hand: the bases' text writes each sign of its working as "and" or "加" and
 changes from one to the other in 30 % of the steps. It makes no difference to what is right.
 
-Hardware: 2 CPU cores. Time: 10 minutes of processor time a seed and some 2 to compile (measured beside twenty other
-processes, where it took an hour). Result, seeds 0 to 2, 512 held-out problems with 8 samples each, beside the paper's
-AIME 2024:
+Hardware: 2 CPU cores, 34 minutes for three seeds with the tests running beside them (25 of processor time). Result,
+seeds 0 to 2, 512 held-out problems with 8 samples each, beside the paper's AIME 2024:
 
     stage         pass@1, seeds 0, 1, 2    mean     cons@8   length   language   readable    AIME
-    base          .339   .284   .253       .292     .602     23.9     .51        .04
-    R1-Zero       .833   .696   .565       .698     .897     45.2     .51        .09         77.9
-      longer      .934   .806   .681       .807     .915     49.0     .51        .11
-    Dev1          .856   .725   .565       .716     .844     49.1     .99        .93         59.0
-    Dev2          .933   .806   .653       .797     .901     49.2     1.00       .97         74.0
-    Dev3          .970   .835   .728       .844     .924     49.4     1.00       .99         78.1
-    R1            .978   .867   .763       .869     .928     49.4     1.00       1.00        79.8
-    student       .303   .195   .246       .248     .490     23.6     .47        .03
-      RL alone    .724   .382   .553       .553     .756     46.0     .70        .22
-      distilled   .956   .728   .809       .831     .926     49.4     1.00       1.00
+    base          .337   .261   .252       .284     .574     23.6     .50        .04
+    R1-Zero       .796   .567   .580       .648     .865     44.4     .46        .06         77.9
+      longer      .932   .707   .704       .781     .895     49.0     .46        .09
+    Dev1          .857   .574   .627       .686     .831     49.1     .98        .91         59.0
+    Dev2          .932   .696   .701       .777     .901     49.3     .99        .96         74.0
+    Dev3          .977   .769   .775       .840     .913     49.4     1.00       1.00        78.1
+    R1            .976   .784   .798       .853     .919     49.4     1.00       1.00        79.8
+    student       .319   .205   .230       .251     .510     24.2     .47        .03
+      RL alone    .749   .392   .442       .528     .727     45.8     .70        .22
+      distilled   .969   .705   .766       .814     .915     49.4     1.00       1.00
 
-Within a seed (Student's t, 95 %): R1 − R1-Zero +.172 ± .065; R1 − R1-Zero longer +.062 ± .046; Dev1 − R1-Zero +.018 ±
-.038; R1 − Dev3 +.025 ± .036; distilled − RL alone +.278 ± .151. A stage's own mean is known to ± .27 to .36 only: the
-seeds' bases differ in how well they add (right in .76, .61 and .54 of the sums worked out), and all that follows with
-them.
+Within a seed (Student's t, 95 %): R1 − R1-Zero +.205 ± .053; R1 − R1-Zero longer +.072 ± .064; Dev1 − R1-Zero +.038 ±
+.070; R1 − Dev3 +.012 ± .030; distilled − RL alone +.286 ± .143. A stage's own mean is known to ± .27 to .37 only: the
+seeds' bases differ in how well they add, and all that follows with them.
 
 So readability comes with the cold start, at once; RL alone does not find it, neither unpaid (R1-Zero) nor in the 40
 steps of a student that is paid for it. Accuracy comes for two thirds from more RL, for one third from the rest, which
-is learning again from samples that were right; those cost R1 5.9 to 7.9 thousand samples beside the 20.5 thousand that
+is learning again from samples that were right; those cost R1 some 6 to 8 thousand samples beside the 20.5 thousand that
 both draw for RL. Not as in the paper: Dev1 loses no accuracy (R1-Zero was not at its end, and right samples teach), and
 the last RL adds little, if anything. The sizes of the SFTs were chosen on seed 0.
-
-The table is of three runs, one for each seed, put together, not of one with --num-seeds 3; seed 0's base and R1-Zero
-are from an earlier commit than its other stages.
 
 With --init the defaults are the paper's settings (`paper`), which nobody ran here. `python -m moe_jax generate` and the
 like take the R1 model of a run by `--phase r1-seed0`.

@@ -114,10 +114,13 @@ def compile_step(config: Config, mesh: Any, batch: int) -> Compiled:
     arrays = arguments[0] if not config.decode else None
     state = {} if arrays is None else {"parameters": _shard_bytes(arrays.params)}
     held = stats.argument_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    # At the peak. `temp_size_in_bytes` is up to half as much again as the block of temporaries that XLA's buffer
+    # assignment has (libtpu 0.0.42), and the program with it.
     memory = state | {
         "optimizer" if state else "arguments": held - sum(state.values()),
-        "outputs not in place": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes - stats.generated_code_size_in_bytes,  # TPUs' program is in both
+        "outputs not in place": outputs,
+        "temporaries": max(stats.peak_memory_in_bytes - held - outputs, 0),
         "code": stats.generated_code_size_in_bytes,
     }
     memory = {name: float(value) for name, value in memory.items()}
