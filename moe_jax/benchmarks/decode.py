@@ -11,7 +11,12 @@ Measured on 2 cores whose memory gives 38 to 40 GB/s, float32, as shares of the 
 57 to 65 %. (At times the same machine gave its two cores 48 to 56 GB/s together, and took longer for what one of them
 hands to the other: shares were then lower by a third.) What remains of the sparse layers is the copy of each expert's
 matrix that XLA:CPU makes before it multiplies; unrolled loops, gathers, branches, several loops side by side and
-experts in arrays of their own gave no more.
+experts in arrays of their own gave no more. At 4,096 positions one layer's latent attention takes .9 ms absorbed, 4.9
+to 5.6 ms expanded at every step, 2.4 to 2.7 ms with expanded keys and values cached.
+
+Drafting (`--train-minutes 12`, 421 steps, loss .26 to .38): of the first drafts 89 to 97 % are kept; 1 to 4 drafts give
+1.25, 1.56, 1.49 and 1.54 times the tokens/s of plain decoding. A pass over two tokens takes 1.5 times as long as over
+one, which is read at the memory's rate.
 
 B batch (1), S sequence, T cached positions, C latent, H heads, J drafts.
 """
