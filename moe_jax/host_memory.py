@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
 
     XLA:CPU asks malloc for a program's temporary arrays at each call and frees them at its end. glibc gets such sizes
     from the kernel and gives them back, so that a training step touches fresh pages time and again, each by a fault: on
-    two cores a step of `presets.v3_34m` (8 x 256 tokens, 690 MB of temporaries, 170,000 faults) took .71 s, and takes
-    .54 s; one in several still faults. The price: memory that was needed once stays with the process until it ends.
+    two cores a step of `presets.v3_34m` (8 x 256 tokens, 690 MB of temporaries, 170,000 faults) took .71 s, and with
+    it .54 s; one in several still faulted. The price: memory that was needed once stays with the process until it ends.
 
     Does nothing, and returns False, where the C library is not glibc, and where JAX may compute on something else.
     """

@@ -113,7 +113,7 @@ def packed_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     read_RC = np.maximum(np.sum(drawn_RCN, axis=2) - 1, 0)  # a last token predicts nothing
     places = [_first_fit(read_C, M) for read_C in read_RC]
     quarter = -(-C // 4)
-    K = -(-max(len(used) for _, used in places) // quarter) * quarter
+    K = -(-max(bins for _, bins in places) // quarter) * quarter
     if K >= C:
         return rows
     branches = {name: np.zeros((R, K * M), np.int32) for name in ("tokens", "segments", "targets")}
@@ -129,8 +129,8 @@ def packed_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return rows | {f"branch_{k}_RKM": v.reshape(R, K, M) for k, v in branches.items()} | {"place_RCN": place_RCN}
 
 
-def _first_fit(lengths_C: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
-    """Where each length begins among bins of a size, one after another; and how much of each bin is used."""
+def _first_fit(lengths_C: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """Where each length begins among bins of a size, one after another; and how many bins that takes."""
     first_C, used = np.zeros(len(lengths_C), np.int32), [0]
     for c in np.argsort(-lengths_C, kind="stable"):
         fits = [k for k, columns in enumerate(used) if columns + lengths_C[c] <= size]
@@ -138,7 +138,7 @@ def _first_fit(lengths_C: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]
         used += [] if fits else [0]
         first_C[c] = k * size + used[k]
         used[k] += int(lengths_C[c])
-    return first_C, used
+    return first_C, len(used)
 
 
 class CompletionStates(NamedTuple):
