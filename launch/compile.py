@@ -89,8 +89,10 @@ def topology_devices(topology: str) -> list[Any]:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock is for chips; compilers can run side by side
     from jax.experimental import topologies
 
+    # A v4 chip's two cores are one device on Cloud TPU; without being asked, libtpu's compiler takes them for two.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
+        return list(topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices)
     except Exception as error:  # libtpu raises several kinds
         raise ConfigError(f"--topology {topology!r}: libtpu refuses it: {str(error).splitlines()[0]}") from error
 

@@ -16,11 +16,10 @@ tokens, to what the TPU compiler (libtpu 0.0.42.1) said of these cases, GB a chi
     model            topology     fsdp expert tensor batch    XLA  estimate
     deepseek_v3      v5p:4x8x16     64      8      1   512   61.2      63.3
     deepseek_v3      v5p:4x8x16     16      8      4   128   45.3      46.1
-    deepseek_v3      tpu7x:8x8x8   128      8      1  2048  156.4     157.1
+    deepseek_v3      tpu7x:8x8x8   128      8      1  2048  137.4     157.1
     deepseek_v2_lite v5p:2x2x1       4      1      1     4   73.1      76.2
     deepseek_v2_lite v6e:4x4         4      4      1    16   24.9      27.0
-
-Those are at the peak; of tpu7x it is the buffer assignment, from before the experts' weight gradient was a kernel.
+    deepseek_v2_lite v4:2x4x4       32      1      1    32   12.9      14.4
 
 With other remat it is rougher: what is kept is taken to be eight times as much.
 """

@@ -8,6 +8,7 @@ import pytest
 
 from launch import compile as plan
 from launch import estimate
+from moe_jax.analysis import cost
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e '.[tpu]'")
 LITE = ("--preset", "deepseek_v2_lite", "--topology", "v5p:2x2x1")
@@ -53,6 +54,13 @@ def test_a_small_model_compiles_for_tpus_and_its_state_is_the_estimate_s(capsys,
         exact = estimate.estimate(estimate.parse(plan.Config, list(arguments), None))["memory_per_chip"]
         assert found["memory_per_chip"]["parameters"] == exact["parameters"]
         assert found["memory_per_chip"]["optimizer"] == pytest.approx(exact["optimizer"], rel=0.05)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_libtpu_counts_the_devices_of_a_chip_as_the_table_of_hardware_does(topology):
+    assert len(plan.topology_devices(topology)) == cost.parse_hardware(topology).devices
 
 
 @needs_libtpu

@@ -131,9 +131,10 @@ def test_eight_bits_shorten_computing_where_the_chip_has_units_for_them(capsys):
     [
         ("deepseek_v3", "v5p:4x8x16", (64, 8, 1), 512, 61.2),
         ("deepseek_v3", "v5p:4x8x16", (16, 8, 4), 128, 45.3),
-        ("deepseek_v3", "tpu7x:8x8x8", (128, 8, 1), 2048, 156.4),
+        ("deepseek_v3", "tpu7x:8x8x8", (128, 8, 1), 2048, 137.4),
         ("deepseek_v2_lite", "v5p:2x2x1", (4, 1, 1), 4, 73.1),
         ("deepseek_v2_lite", "v6e:4x4", (4, 4, 1), 16, 24.9),
+        ("deepseek_v2_lite", "v4:2x4x4", (32, 1, 1), 32, 12.9),
     ],
 )
 def test_memory_is_near_what_the_tpu_compiler_said(capsys, preset, topology, mesh, batch, gigabytes):
