@@ -27,7 +27,7 @@ from moe_jax.benchmarks.environment import environment
 from moe_jax.benchmarks.routings import RoutingName, assign, expert_counts, expert_loads, max_violation
 from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.model.definition import Definition
-from moe_jax.model.layers import Initializer, SwiGLU
+from moe_jax.model.layers import Initializer, SwiGLU, gated
 from moe_jax.model.moe import MoE
 from moe_jax.model.router import Router, RouterOutput
 from moe_jax.ops.grouped_matmul import grouped_matmul
@@ -93,7 +93,8 @@ class Timing:
     """One contender's time for one kind of passes."""
 
     contender: str
-    """moe, dense: a layer. grouped, ragged, product: one product. moe_step, dense_step: a training step."""
+    """moe, dense: a layer. batched: experts alone, in groups of equal size. grouped, ragged, product: one product.
+    moe_step, dense_step: a training step."""
     passes: Passes
     experts: int | None
     routing: RoutingName | None
@@ -203,6 +204,8 @@ def _layer_contenders(config: MoEBenchmark, routings: dict[tuple[int, RoutingNam
     for passes, run in _both_passes(lambda params, x: (nnx.merge(dense_graph, params)(x), None)).items():
         yield Contender("dense", passes, partial(run, dense_params, x_BSD, dy_BSD), flops[passes], T, "dense")
 
+    yield from _batched_contenders(config, flops)
+
     valid_BS, keys_BS = jnp.ones((1, T), bool), jnp.zeros((1, T), jnp.int32)
     for E in config.experts:
         cfg = _layer_config(config, E)
@@ -226,6 +229,28 @@ def _layer_contenders(config: MoEBenchmark, routings: dict[tuple[int, RoutingNam
                 yield Contender(
                     "moe", passes, timed, flops[passes], T, "dense", E, routing, lambda violation=violation: violation
                 )
+
+
+def _batched_contenders(config: MoEBenchmark, flops: dict[Passes, float]) -> Iterator[Contender]:
+    """The experts as XLA's batched products of groups of equal size (C rows, rounded up), which are in place already.
+
+    What is left of a sparse layer without router, dispatch and uneven groups.
+    """
+    D, F, T = config.hidden_size, config.expert_size, config.tokens
+
+    def experts(params: tuple[Array, Array], x_ECD: Array) -> tuple[Array, None]:
+        gate_up_EDF, down_EFD = params
+        gate_up_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, gate_up_EDF)
+        inside_ECF = gated(gate_up_ECF.reshape(*gate_up_ECF.shape[:2], 2, F))
+        return jnp.einsum("ECF,EFD->ECD", inside_ECF, down_EFD), None
+
+    functions = _both_passes(experts)
+    for E in config.experts:
+        C = -(-T * config.experts_per_token // E)
+        params = _normal(config, "gate_up", (E, D, 2 * F)), _normal(config, "down", (E, F, D))
+        x_ECD, dy_ECD = (_normal(config, purpose, (E, C, D)) for purpose in ("x", "dy"))
+        for passes, run in functions.items():
+            yield Contender("batched", passes, partial(run, params, x_ECD, dy_ECD), flops[passes], T, "dense", E)
 
 
 def _layer_config(config: MoEBenchmark, num_experts: int) -> ModelConfig:

@@ -32,11 +32,14 @@ def table(results: Results) -> str:
         for routing in config.routing:
             moe = _passes(results, "moe", E, routing)
             lines.append([*_about(moe[0]), *_cells(moe, "× dense"), f"{moe[1].gflops_per_s:.1f}"])
+        batched = _passes(results, "batched", E)
+        lines.append([str(E), "batched", "", *_cells(batched, "× dense"), f"{batched[1].gflops_per_s:.1f}"])
     parts = [
         f"{env['platform']} ({env['device']}, {env['machine']}), {env['cores']} cores, jax {env['jax']},"
         f" {config.dtype}\nmedian (least) of {config.repeats} rounds"
         + (f"; measured routing: {popularity}" if "measured" in config.routing else ""),
-        f"Layer: {T:,} tokens, hidden {D}, {K} experts of {F} per token; dense: one feed-forward of {K * F}\n"
+        f"Layer: {T:,} tokens, hidden {D}, {K} experts of {F} per token; dense: one feed-forward of {K * F}; batched:"
+        " experts alone,\nXLA's batched products of equal groups that are in place, without router and dispatch\n"
         + aligned(head, lines),
     ]
 

@@ -77,6 +77,7 @@ def test_every_contender_is_timed(results):
     found = {(t.contender, t.passes, t.experts, t.routing) for t in results.timings}
     both = ("forward", "forward_backward")
     expected = {(name, passes, None, None) for name in ("dense", "product") for passes in both}
+    expected |= {("batched", passes, 8, None) for passes in both}
     expected |= {(name, "step", None, None) for name in ("moe_step", "dense_step")}
     for routing in ("balanced", "worst"):
         expected |= {(name, passes, 8, routing) for name in ("moe", "grouped") for passes in both}
@@ -94,14 +95,20 @@ def test_every_contender_is_timed(results):
 def test_ratios_and_rates_follow_from_the_times(results):
     rows = T * K
     dense, product = 2 * T * D * 3 * K * F, 2 * rows * D * 2 * F
-    references = {"moe": "dense", "grouped": "product", "ragged": "product", "moe_step": "dense_step"}
+    references = {
+        "moe": "dense",
+        "batched": "dense",
+        "grouped": "product",
+        "ragged": "product",
+        "moe_step": "dense_step",
+    }
     for t in results.timings:
         reference = results.find(references.get(t.contender, t.contender), t.passes)
         assert t.ratio == pytest.approx(t.median_s / reference.median_s)
         if t.passes == "step":
             assert t.tokens_per_s == pytest.approx(16 / t.median_s)
             continue
-        forward = dense if t.contender in ("moe", "dense") else product
+        forward = dense if t.contender in ("moe", "dense", "batched") else product
         flops = forward * (1 if t.passes == "forward" else 3)
         assert t.gflops_per_s == pytest.approx(flops / t.median_s / 1e9)
         assert t.tokens_per_s == pytest.approx(T / t.median_s)
