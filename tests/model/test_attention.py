@@ -5,6 +5,8 @@ B batch, S sequence, D model, H heads, K key-value heads.
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,27 @@ def test_entries_have_the_caches_shapes(cfg):
 
     entries = jax.eval_shape(entries_of, abstract(cfg), inputs())
     assert tuple(e.shape for e in entries) == entry_shapes(ModelConfig(hidden_size=D, attention=cfg), B, S)
+
+
+def test_joined_projections_are_one_product_and_give_the_same():
+    """`entries` and `attend_cached` ask for it separately: made twice, decoding would read the weights twice."""
+
+    @jax.jit
+    def decode(layer, x_BSD):
+        rot = rotation(jnp.broadcast_to(jnp.arange(S), (B, S)), layer.cfg.rope, rotary_dim(layer.cfg))
+        tokens = Tokens(jnp.ones((B, S), jnp.int32), jnp.arange(S)[None])
+        entries = jax.tree.map(lambda x_BSKW: x_BSKW.swapaxes(1, 2), layer.entries(x_BSD, rot))
+        return layer.attend_cached(x_BSD, rot, entries, Causal(tokens, tokens).mask_BST())
+
+    layer, joined, x_BSD = build(GQA_CONFIG), build(GQA_CONFIG), inputs()
+    joined.absorb()
+    np.testing.assert_allclose(decode(layer, x_BSD), run(layer, x_BSD), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(decode(joined, x_BSD), run(layer, x_BSD), rtol=1e-4, atol=1e-5)
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", decode.lower(joined, x_BSD).compile().as_text())
+    widths = [math.prod(map(int, shape.split(","))) // (B * S) for shape in shapes]
+    H, K, W = GQA_CONFIG.num_heads, GQA_CONFIG.num_kv_heads, GQA_CONFIG.head_dim
+    assert widths.count((H + 2 * K) * W) == 1
+    assert K * W not in widths
 
 
 def test_mla_caches_the_latent_and_one_rotary_key_only():
