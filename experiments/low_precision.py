@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from moe_jax.model.definition import Arrays, Definition
     from moe_jax.training.run import Run
     from moe_jax.training.state import TrainState
+    from moe_jax.training.supervised import SupervisedTrainer
 
 Arm = Literal["fp32", "control", "bf16", "fp8", "int8", "bf16_moments", "v3"]
 Bits = Literal["fp8", "int8", "int4"]
@@ -174,7 +175,7 @@ class Laboratory:
         self.validation = spread_validation_batches(self.corpus, self.tokenizer, *sizes, cfg.validation_batches)
         self.definitions: dict[ModelConfig, Definition] = {}
         self.evaluators: dict[ModelConfig, Any] = {}
-        self.programs: dict[Any, tuple[Any, Any]] = {}
+        self.trainers: dict[tuple[ModelConfig, OptimizerConfig, int], SupervisedTrainer] = {}
         self.started: tuple[Arrays, Arrays] | None = None
 
     def definition(self, model: ModelConfig) -> Definition:
@@ -182,25 +183,15 @@ class Laboratory:
 
         return self.definitions.setdefault(model, Definition.of(model))
 
-    def program(self, model: ModelConfig, optimizer_config: OptimizerConfig, steps: int) -> tuple[Any, Any]:
-        """(update, optimizer), compiled once for all seeds."""
-        from moe_jax.training.optimizer import make_optimizer
-        from moe_jax.training.state import make_update
-        from moe_jax.training.supervised import make_loss, make_totals
+    def trainer(self, model: ModelConfig, optimizer: OptimizerConfig, steps: int) -> SupervisedTrainer:
+        """Compiled once for all seeds."""
+        from moe_jax.training.supervised import SupervisedTrainer
 
-        key = model, optimizer_config, steps
-        if key not in self.programs:
-            definition = self.definition(model)
-            optimizer = make_optimizer(optimizer_config, steps, definition)
-            update = make_update(
-                make_loss(definition, (self.tokenizer.pad_id,)),
-                make_totals(definition),
-                optimizer,
-                accumulation_steps=self.cfg.train.accumulation_steps,
-                balance=model.moe,
-            )
-            self.programs[key] = update, optimizer
-        return self.programs[key]
+        key = model, optimizer, steps
+        if key not in self.trainers:
+            train = replace(self.cfg.train, optimizer=optimizer, steps=steps)
+            self.trainers[key] = SupervisedTrainer(self.definition(model), train, (self.tokenizer.pad_id,))
+        return self.trainers[key]
 
     def first_weights(self, seed: int) -> tuple[Arrays, Arrays]:
         from moe_jax.rng import random_key
@@ -221,23 +212,17 @@ class Laboratory:
         params, rest = self.first_weights(seed)
         if arm == "control":
             params = jax.jit(lambda params: jax.tree.map(lambda x: x * (1 + 1e-6), params))(params)
-        optimizer = optimizer_of(self.cfg.train, arm)
-        return self.phase(f"{arm}-seed{seed}", model, optimizer, self.cfg.train.steps, params, rest, seed)
+        trainer = self.trainer(model, optimizer_of(self.cfg.train, arm), self.cfg.train.steps)
+        return self.phase(f"{arm}-seed{seed}", trainer, params, rest, seed)
 
-    def phase(
-        self, phase: str, model: ModelConfig, config: OptimizerConfig, steps: int, params: Any, rest: Any, seed: int
-    ) -> TrainState:
+    def phase(self, phase: str, trainer: SupervisedTrainer, params: Arrays, rest: Arrays, seed: int) -> TrainState:
         from moe_jax.data.text import TrainBatches
         from moe_jax.sharding import own_rows
-        from moe_jax.training.state import start_state
-        from moe_jax.training.supervised import train_supervised
 
-        train, mesh = self.cfg.train, self.session.mesh
-        update, optimizer = self.program(model, config, steps)
-        rows = own_rows(train.batch_size, mesh)
+        train = self.cfg.train
+        rows = own_rows(train.batch_size, self.session.mesh)
         data = TrainBatches(self.corpus, self.tokenizer, train.batch_size, train.sequence_length, seed, rows)
-        state = start_state(self.definition(model), optimizer, params, rest, mesh)
-        return train_supervised(self.session, phase, update, state, data, steps, self.cfg.checkpoint, train.batch_size)
+        return trainer.fine_tune(self.session, phase, params, rest, data, self.cfg.checkpoint, train.batch_size)
 
     def validate(self, model: ModelConfig, state: TrainState) -> dict[str, float]:
         """Loss and bits per byte of held-out text in a model's arithmetic."""
@@ -292,8 +277,9 @@ class Laboratory:
     def fine_tune(self, phase: str, model: ModelConfig, state: TrainState, seed: int) -> TrainState:
         cfg = self.cfg
         optimizer = replace(cfg.train.optimizer, learning_rate=cfg.int4_learning_rate, warmup_steps=5)
+        trainer = self.trainer(model, optimizer, cfg.int4_steps)
         # Other batches than those that the weights were trained on.
-        return self.phase(phase, model, optimizer, cfg.int4_steps, state.params, state.rest, seed + 1_000_000)
+        return self.phase(phase, trainer, state.params, state.rest, seed + 1_000_000)
 
 
 def experiment(cfg: Config, session: Session) -> None:

@@ -273,8 +273,15 @@ class SupervisedTrainer:
         return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint)
 
     def fine_tune(
-        self, session: Session, phase: str, params: Arrays, rest: Arrays, data: Any, checkpoint: CheckpointConfig
+        self,
+        session: Session,
+        phase: str,
+        params: Arrays,
+        rest: Arrays,
+        data: Any,
+        checkpoint: CheckpointConfig,
+        num_rows: int | None = None,
     ) -> TrainState:
         """The same with a copy of given weights, under a fresh optimizer."""
         state = start_state(self.definition, self.optimizer, params, rest, session.mesh)
-        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint)
+        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint, num_rows)
