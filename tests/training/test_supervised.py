@@ -220,4 +220,4 @@ def test_without_modules_the_program_is_that_of_the_next_token_loss_alone():
         return text[re.search(r"^(%|ENTRY)", text, re.MULTILINE).start() :]  # behind the tables of source lines
 
     assert program(ours) == program(plain)
-    assert "while" in program(ours)  # a program indeed: the scan over layers
+    assert " dot(" in program(ours)  # a program indeed
