@@ -173,8 +173,8 @@ def _training_memory(
     else:
         insides = T * cfg.intermediate_size / sizes["tensor"]
     pairs = sequence**2 if computed_share(sequence) == 1 else attention._BLOCK**2
-    per_head = max(93 * width * T * _query_width(cfg), 14 * rows * pairs)
-    temporaries = 1.7 * width * layer + 7.5 * width * insides + heads * per_head
+    per_head = max(86 * width * T * _query_width(cfg), 14 * rows * pairs)
+    temporaries = 1.1 * width * layer + 5.5 * width * insides + heads * per_head
     # Before the layers' gradients there are any: the head, its gradient in float32, and that of a chunk of logits.
     head = (4 + width) * sum(weight.gathered for weight in all_weights if weight.name in ("head_DV", "embed_VD"))
     head = head / (1 if cfg.tie_word_embeddings else 2) + 3 * 2**28

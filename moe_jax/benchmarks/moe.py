@@ -3,7 +3,8 @@
 Everything is measured in one process and in rounds, each of which times every contender once in another order, so that
 noise and a machine that slows down hit all alike.
 
-S tokens of the one sequence (T when routed), D model, F feed-forward, E experts, K experts per token, R = T·K rows.
+S tokens of the one sequence (T when routed), D model, F feed-forward, E experts, K experts per token, R = T·K rows,
+C rows of an expert.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def _both_passes(apply: Callable[..., tuple[Array, Any]]) -> dict[Passes, Callab
 
 
 def _layer_contenders(config: MoEBenchmark, routings: dict[tuple[int, RoutingName], np.ndarray]) -> Iterator[Contender]:
-    """The sparse layer under each routing, and the dense layer that is as wide as K experts."""
+    """The sparse layer under each routing, the dense layer that is as wide as K experts, and the experts alone."""
     D, F, K, T = config.hidden_size, config.expert_size, config.experts_per_token, config.tokens
     x_BSD, dy_BSD = (_normal(config, purpose, (1, T, D)) for purpose in ("x", "dy"))
     flops: dict[Passes, float] = {"forward": 6.0 * T * D * K * F, "forward_backward": 18.0 * T * D * K * F}
@@ -239,7 +240,7 @@ def _batched_contenders(config: MoEBenchmark, flops: dict[Passes, float]) -> Ite
     D, F, T = config.hidden_size, config.expert_size, config.tokens
 
     def experts(params: tuple[Array, Array], x_ECD: Array) -> tuple[Array, None]:
-        gate_up_EDF, down_EFD = params
+        gate_up_EDF, down_EFD = (w.astype(x_ECD.dtype) for w in params)
         gate_up_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, gate_up_EDF)
         inside_ECF = gated(gate_up_ECF.reshape(*gate_up_ECF.shape[:2], 2, F))
         return jnp.einsum("ECF,EFD->ECD", inside_ECF, down_EFD), None
@@ -247,7 +248,10 @@ def _batched_contenders(config: MoEBenchmark, flops: dict[Passes, float]) -> Ite
     functions = _both_passes(experts)
     for E in config.experts:
         C = -(-T * config.experts_per_token // E)
-        params = _normal(config, "gate_up", (E, D, 2 * F)), _normal(config, "down", (E, F, D))
+        params = tuple(
+            _normal(config, name, shape).astype(jnp.float32)
+            for name, shape in (("gate_up", (E, D, 2 * F)), ("down", (E, F, D)))
+        )
         x_ECD, dy_ECD = (_normal(config, purpose, (E, C, D)) for purpose in ("x", "dy"))
         for passes, run in functions.items():
             yield Contender("batched", passes, partial(run, params, x_ECD, dy_ECD), flops[passes], T, "dense", E)

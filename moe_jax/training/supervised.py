@@ -266,11 +266,17 @@ class SupervisedTrainer:
         self.update = make_update(loss, totals, self.optimizer, **options)
 
     def from_scratch(
-        self, session: Session, phase: str, key: Array, data: Any, checkpoint: CheckpointConfig
+        self,
+        session: Session,
+        phase: str,
+        key: Array,
+        data: Any,
+        checkpoint: CheckpointConfig,
+        num_rows: int | None = None,
     ) -> TrainState:
-        """Trains new weights for `cfg.steps` steps on `data`, as `train_supervised` reads it."""
+        """Trains new weights for `cfg.steps` steps on `data`, as `train_supervised` reads it and `num_rows`."""
         state = init_state(self.definition, self.optimizer, key, session.mesh)
-        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint)
+        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint, num_rows)
 
     def fine_tune(
         self,

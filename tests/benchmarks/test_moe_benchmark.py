@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -130,6 +131,21 @@ def test_the_layer_works_on_the_prescribed_experts_and_pays_for_its_router():
     assert "topk" in compiled.lower()  # the router's own choice is not left out
 
 
+def test_batched_experts_do_the_work_of_all_rows():
+    E, C = 8, T * K // 8
+    config = MoEBenchmark(D, F, (E,), K, T, routing=("worst",), step=None)
+    contenders = benchmark._layer_contenders(config, {(E, "worst"): np.zeros((T, K), np.int32)})
+    timed = next(c.run for c in contenders if (c.name, c.passes) == ("batched", "forward_backward"))
+    (gate_up_EDF, down_EFD), x_ECD, _ = timed.args
+    y_ECD, _, gradients = timed()
+    assert x_ECD.shape == (E, C, D)
+    for e in range(E):
+        gate, up = jnp.split(x_ECD[e] @ gate_up_EDF[e], 2, axis=-1)
+        np.testing.assert_allclose(y_ECD[e], (jax.nn.silu(gate) * up) @ down_EFD[e], rtol=1e-4, atol=1e-4)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, ((gate_up_EDF, down_EFD), x_ECD))
+    assert all(np.all(np.any(g != 0, axis=(1, 2))) for g in jax.tree.leaves(gradients))
+
+
 def test_the_dense_equal_has_the_active_parameters():
     sparse = v3_34m()
     assert parameter_counts(sparse).total == pytest.approx(34e6, rel=0.01)
@@ -151,6 +167,8 @@ def test_ragged_dot_is_left_out_where_it_would_take_long(monkeypatch):
 def test_table_and_plot(results, tmp_path):
     text = table(results)
     assert "MaxVio" in text and "tokens/s" in text and jax.__version__ in text
+    rows = [line.split()[:2] for line in text.splitlines()]
+    assert ["8", "batched"] in rows and ["8", "balanced"] in rows
     plot_moe(results, tmp_path / "new" / "moe.png")
     assert (tmp_path / "new" / "moe.png").read_bytes().startswith(b"\x89PNG")
 

@@ -3,8 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
+from jax.experimental import topologies
 
 from launch import compile as plan
 from launch import estimate
@@ -54,6 +56,21 @@ def test_a_small_model_compiles_for_tpus_and_its_state_is_the_estimate_s(capsys,
         exact = estimate.estimate(estimate.parse(plan.Config, list(arguments), None))["memory_per_chip"]
         assert found["memory_per_chip"]["parameters"] == exact["parameters"]
         assert found["memory_per_chip"]["optimizer"] == pytest.approx(exact["optimizer"], rel=0.05)
+
+
+def test_the_two_cores_of_a_v4_chip_are_asked_for_as_one_device(monkeypatch):
+    asked = {}
+
+    def describe(*, topology_name, **options):
+        asked[topology_name] = options
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    for topology in ("v4:2x2x1", "v5p:2x2x1"):
+        plan.topology_devices(topology)
+    assert asked["v4:2x2x1"] == {"platform": "tpu", "chip_config_name": "megacore"}
+    assert asked["v5p:2x2x1"] == {"platform": "tpu"}
 
 
 @needs_libtpu

@@ -134,6 +134,7 @@ def test_eight_bits_shorten_computing_where_the_chip_has_units_for_them(capsys):
         ("deepseek_v3", "tpu7x:8x8x8", (128, 8, 1), 2048, 137.4),
         ("deepseek_v2_lite", "v5p:2x2x1", (4, 1, 1), 4, 73.1),
         ("deepseek_v2_lite", "v6e:4x4", (4, 4, 1), 16, 24.9),
+        ("deepseek_v2_lite", "v4:2x2x4", (4, 4, 1), 16, 25.0),
         ("deepseek_v2_lite", "v4:2x4x4", (32, 1, 1), 32, 12.9),
     ],
 )
@@ -141,7 +142,7 @@ def test_memory_is_near_what_the_tpu_compiler_said(capsys, preset, topology, mes
     """Recorded from launch.compile, whose programs these are, as launch/estimate.py has them in its table."""
     sizes = [f"--mesh.{name}={size}" for name, size in zip(("fsdp", "expert", "tensor"), mesh, strict=True)]
     found = figures(capsys, "--preset", preset, "--topology", topology, *sizes, "--batch", str(batch))
-    assert found["bytes_per_chip"] == pytest.approx(gigabytes * 1e9, rel=0.15)
+    assert found["bytes_per_chip"] == pytest.approx(gigabytes * 1e9, rel=0.08)
 
 
 def test_moments_in_bfloat16_take_half(capsys):

@@ -64,6 +64,8 @@ def run(layer, x_BSD, segment_ids_BS=None, cached=False):
     tokens = Tokens(segment_BS, jnp.arange(x_BSD.shape[1])[None])
     entries = layer.entries(x_BSD, rot)
     if cached:
+        if isinstance(layer, GQA):  # whose cache has heads before positions
+            entries = jax.tree.map(lambda x_BSKW: x_BSKW.swapaxes(1, 2), entries)
         return layer.attend_cached(x_BSD, rot, entries, Causal(tokens, tokens).mask_BST())
     return layer.attend(x_BSD, rot, entries, tokens)
 
@@ -193,25 +195,24 @@ def test_entries_have_the_caches_shapes(cfg):
     assert tuple(e.shape for e in entries) == entry_shapes(ModelConfig(hidden_size=D, attention=cfg), B, S)
 
 
-def test_joined_projections_are_one_product_and_give_the_same():
+@pytest.mark.parametrize("rows", [B * S, 1], ids=["rows", "one row"])
+def test_joined_projections_are_one_product_and_give_the_same(rows):
     """`entries` and `attend_cached` ask for it separately: made twice, decoding would read the weights twice."""
-
-    @jax.jit
-    def decode(layer, x_BSD):
-        rot = rotation(jnp.broadcast_to(jnp.arange(S), (B, S)), layer.cfg.rope, rotary_dim(layer.cfg))
-        tokens = Tokens(jnp.ones((B, S), jnp.int32), jnp.arange(S)[None])
-        entries = jax.tree.map(lambda x_BSKW: x_BSKW.swapaxes(1, 2), layer.entries(x_BSD, rot))
-        return layer.attend_cached(x_BSD, rot, entries, Causal(tokens, tokens).mask_BST())
-
-    layer, joined, x_BSD = build(GQA_CONFIG), build(GQA_CONFIG), inputs()
+    layer, joined = build(GQA_CONFIG), build(GQA_CONFIG)
     joined.absorb()
-    np.testing.assert_allclose(decode(layer, x_BSD), run(layer, x_BSD), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(decode(joined, x_BSD), run(layer, x_BSD), rtol=1e-4, atol=1e-5)
-    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", decode.lower(joined, x_BSD).compile().as_text())
-    widths = [math.prod(map(int, shape.split(","))) // (B * S) for shape in shapes]
+    x_BSD = inputs() if rows > 1 else inputs()[:1, :1]
+    for decoding in (layer, joined):
+        np.testing.assert_allclose(run(decoding, x_BSD, cached=True), run(layer, x_BSD), rtol=1e-4, atol=1e-5)
+
+    def widths(decoding):
+        """Numbers that each product makes of a row; a single one's has two parts, which are added."""
+        hlo = run.lower(decoding, x_BSD, cached=True).compile().as_text()
+        shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", hlo)
+        return [math.prod(map(int, shape.split(","))) // (rows if rows > 1 else 2) for shape in shapes]
+
     H, K, W = GQA_CONFIG.num_heads, GQA_CONFIG.num_kv_heads, GQA_CONFIG.head_dim
-    assert widths.count((H + 2 * K) * W) == 1
-    assert K * W not in widths
+    assert widths(joined).count((H + 2 * K) * W) == 1
+    assert widths(layer).count((H + 2 * K) * W) == 0 and widths(layer).count(K * W) >= 2
 
 
 def test_mla_caches_the_latent_and_one_rotary_key_only():
