@@ -248,10 +248,8 @@ def _batched_contenders(config: MoEBenchmark, flops: dict[Passes, float]) -> Ite
     functions = _both_passes(experts)
     for E in config.experts:
         C = -(-T * config.experts_per_token // E)
-        params = tuple(
-            _normal(config, name, shape).astype(jnp.float32)
-            for name, shape in (("gate_up", (E, D, 2 * F)), ("down", (E, F, D)))
-        )
+        gate_up_EDF, down_EFD = _normal(config, "gate_up", (E, D, 2 * F)), _normal(config, "down", (E, F, D))
+        params = gate_up_EDF.astype(jnp.float32), down_EFD.astype(jnp.float32)
         x_ECD, dy_ECD = (_normal(config, purpose, (E, C, D)) for purpose in ("x", "dy"))
         for passes, run in functions.items():
             yield Contender("batched", passes, partial(run, params, x_ECD, dy_ECD), flops[passes], T, "dense", E)

@@ -266,17 +266,11 @@ class SupervisedTrainer:
         self.update = make_update(loss, totals, self.optimizer, **options)
 
     def from_scratch(
-        self,
-        session: Session,
-        phase: str,
-        key: Array,
-        data: Any,
-        checkpoint: CheckpointConfig,
-        num_rows: int | None = None,
+        self, session: Session, phase: str, key: Array, data: Any, checkpoint: CheckpointConfig
     ) -> TrainState:
-        """Trains new weights for `cfg.steps` steps on `data`, as `train_supervised` reads it and `num_rows`."""
+        """Trains new weights for `cfg.steps` steps on `data`, as `train_supervised` reads it."""
         state = init_state(self.definition, self.optimizer, key, session.mesh)
-        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint, num_rows)
+        return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint)
 
     def fine_tune(
         self,
@@ -288,6 +282,7 @@ class SupervisedTrainer:
         checkpoint: CheckpointConfig,
         num_rows: int | None = None,
     ) -> TrainState:
-        """The same with a copy of given weights, under a fresh optimizer."""
+        """The same with a copy of given weights, under a fresh optimizer; `data` and `num_rows` as `train_supervised`
+        reads them."""
         state = start_state(self.definition, self.optimizer, params, rest, session.mesh)
         return train_supervised(session, phase, self.update, state, data, self.cfg.steps, checkpoint, num_rows)

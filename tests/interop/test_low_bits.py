@@ -23,10 +23,10 @@ from moe_jax.config import (
     RoPEConfig,
     SamplingConfig,
 )
-from moe_jax.interop import fp8, low_bits
+from moe_jax.interop import low_bits
 from moe_jax.interop.low_bits import LowBits, encoded, group_size, quantize_groups, sources
 from moe_jax.interop.pretrained import Pretrained, load_pretrained, save_pretrained
-from moe_jax.interop.weight_files import CheckpointFilesError, WeightFiles, write_folder
+from moe_jax.interop.weight_files import CheckpointFilesError, WeightFiles, _open_shard, write_folder
 from moe_jax.model.definition import Definition
 from moe_jax.ops import packed_matmul
 from moe_jax.ops.quantization import Quantized, dequantize
@@ -225,16 +225,7 @@ def test_a_model_with_nan_is_refused_with_the_tensor_s_name(tmp_path, bits, name
 
 def raw(path):
     """A folder's tensors as they are."""
-    data = (path / "model.safetensors").read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    dtypes = {"F8_E4M3": fp8.FP8, "BF16": ml_dtypes.bfloat16, "F32": "f4", "I8": "i1", "I32": "i4", "I64": "i8"}
-
-    def tensor(dtype, shape, data_offsets):
-        first, last = (start + offset for offset in data_offsets)
-        return np.frombuffer(data[first:last], dtypes[dtype]).reshape(shape)
-
-    header = json.loads(data[8:start])
-    return {name: tensor(**entry) for name, entry in header.items() if name != "__metadata__"}
+    return _open_shard(path / "model.safetensors")
 
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
